@@ -25,7 +25,6 @@ from lpcam.runtime.errors import (
     ArtefactError,
     DataError,
     ImageError,
-    LpcamError,
     NotFittedError,
     PrototypeError,
     RecipeError,
@@ -171,8 +170,22 @@ def test_runs_that_cannot_explain(run: Path, tmp_path: Path) -> None:
         RunFolder(copy).explainer()
     with pytest.raises(RecipeError, match="abacus"):
         RunFolder(run).explainer(device="abacus")
-    with pytest.raises(LpcamError, match=r"RunFolder\(folder\)\.explainer\(\)"):
-        Explainer.from_run(run, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("what", "given"),
+    [
+        ("mask_ids", [1, 2]),
+        ("mask_ids", [0, 1, 2]),
+        ("mask_ids", [1, 2, 255]),
+        ("scoring", "relu"),
+        ("precision", "fp8"),
+    ],
+)
+def test_options_that_are_none_are_refused(run: Path, what: str, given: Any) -> None:
+    options: dict[str, Any] = {what: given}
+    with pytest.raises(DataError, match=what):
+        Explainer(*loaded(run), **options)
 
 
 def test_a_run_keeps_its_mask_values(run: Path, tmp_path: Path) -> None:

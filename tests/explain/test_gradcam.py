@@ -122,6 +122,7 @@ def test_images_and_targets_that_do_not_fit(cam: LPCAM, images: Tensor) -> None:
             cam(given)
     for targets, message in (
         ([0], "3 targets"),
+        (torch.tensor(0), "3 targets"),
         (Target(0), "3 targets"),
         ([0, 1, 2], "class 2"),
         ([0, 1, -3], "class -3"),
@@ -130,16 +131,6 @@ def test_images_and_targets_that_do_not_fit(cam: LPCAM, images: Tensor) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             cam(images, targets)
-
-
-def test_batch_size_changes_nothing(cam: LPCAM, images: Tensor) -> None:
-    whole = cam(images, aug_smooth=True)
-    cam.batch_size = 2
-    seen: list[int] = []
-    hook = cam.source.model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
-    np.testing.assert_allclose(cam(images, aug_smooth=True), whole, atol=1e-6)
-    hook.remove()
-    assert seen == [2, 1] * 6  # each view once
 
 
 def test_aug_smooth_is_the_mean_of_six_views(cam: LPCAM, images: Tensor) -> None:
@@ -235,7 +226,6 @@ def test_self_fit_takes_the_images_themselves(images: Tensor) -> None:
     first = LPCAM(model, settings=SETTINGS).fit([(mixed[3:], turned[3:])])
     assert model.eval()(mixed[3:]).argmax() == 0
     np.testing.assert_allclose(cam(mixed[3:], [1]), first(mixed[3:], [1]), atol=1e-6)
-    cam.batch_size = 2
     first.fit([(mixed, turned)])
     np.testing.assert_allclose(cam(mixed, turned), first(mixed, turned), atol=1e-6)
     cam.fit([(images, LABELS)])  # from now on these serve
@@ -406,7 +396,6 @@ def test_a_script_of_theirs_runs_with_the_other_import(name: str) -> None:
     with LPCAM(
         model=model, target_layers=layers(model), reshape_transform=reshape, self_fit=True
     ) as cam:
-        cam.batch_size = 4
         found = [cam(input_tensor=images, targets=targets), cam(images, None)]
         found.append(cam(images, targets, eigen_smooth=True))
     for maps in found:

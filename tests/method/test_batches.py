@@ -104,6 +104,7 @@ LABELS: dict[str, tuple[Any, int, int, str]] = {
     "a name of two": (["dog"], 1, 4, "several.*'dog'"),
     "twice": ([[1, 1]], 1, 3, "repeat"),
     "nothing": ([None], 1, 3, "None"),
+    "sparse scores": (torch.tensor([[0.0, 0.5]]).to_sparse(), 1, 2, "0.5"),
 }
 
 

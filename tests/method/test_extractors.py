@@ -2,9 +2,11 @@
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +20,7 @@ from lpcam.classifiers.classifier import Classifier, Preprocessing
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.features import tensor_pyramid
 from lpcam.classifiers.linear import ProbeSettings, fit_head
-from lpcam.classifiers.wrapped import WrappedModel
+from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
 from lpcam.method.functional import class_activation, normalize
 from lpcam.method.head import LPCAMHead
@@ -30,6 +32,7 @@ from lpcam.runtime.errors import (
     DataError,
     NotFittedError,
     PrototypeError,
+    RecipeError,
 )
 
 SETTINGS = LpcamSettings.from_preset(
@@ -506,6 +509,23 @@ def test_set_params(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> Non
     lpcam.set_params(model=Patches(), classes=["red", "green"])
     with pytest.raises(NotFittedError, match="no prototypes"):
         lpcam(images)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"settings": {"clusters": 2}}, {"dtype": "float16"}, {"dtype": torch.int8}],
+)
+def test_arguments_of_other_types(
+    classifier: Classifier, batch: tuple[Tensor, Tensor], options: dict[str, Any]
+) -> None:
+    (given,) = options.values()
+    with pytest.raises((RecipeError, ValueError), match=re.escape(repr(given))):
+        LPCAM(classifier, **options).fit([batch])
+
+
+def test_a_set_of_names_has_no_order() -> None:
+    with pytest.raises(ClassifierError, match="list of names"):
+        wrap(Patches(), classes={"red", "green"})
 
 
 def test_clones(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:

@@ -14,8 +14,10 @@ import transformers
 from torch import Tensor, nn
 
 from lpcam import CAM, LPCAM
+from lpcam.classifiers.classifier import Preprocessing
 from lpcam.classifiers.features import FeaturePair
 from lpcam.explain import gradcam
+from lpcam.explain.explainer import Explainer
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.method.settings import LpcamSettings
 from lpcam.method.vit import attended_pyramid, spread_by_attention, without_position_bias
@@ -188,6 +190,11 @@ def test_the_options_reach_the_call_of_pytorch_grad_cam_and_image_maps() -> None
     torch.testing.assert_close(one[1][0], maps[0, 1])
     drawn = lpcam.image_maps(images[0], np.zeros((64, 64, 3), np.uint8), lpcam.source_.classes[1:2])
     np.testing.assert_allclose(drawn.lpcam[0], maps[0, 1].numpy(), atol=1e-5)
+    normal = Preprocessing((0.0,) * 3, (1.0,) * 3)
+    picture = (images[0].permute(1, 2, 0) * 255).byte().numpy()
+    explained = Explainer(lpcam, preprocessing=normal)(picture, labels=drawn.classes)
+    expected = lpcam(normal(picture)[None], [[1]])[0, 1].numpy()
+    np.testing.assert_allclose(explained.lpcam[0], expected, atol=1e-5)
 
 
 def test_what_has_no_such_attention_or_bias_is_refused() -> None:

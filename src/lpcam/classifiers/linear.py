@@ -60,7 +60,7 @@ def checked_names(classes: Sequence[str]) -> tuple[str, ...]:
         raise ClassifierError(
             f"classes must be a list of names, got the string {classes!r}; give [{classes!r}]"
         )
-    names = tuple(classes)
+    names = () if isinstance(classes, (set, frozenset)) else tuple(classes)  # these have no order
     if not names or not all(isinstance(name, str) for name in names):
         raise ClassifierError(f"classes must be a list of names, got {classes!r:.60}")
     return names

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Self, cast
+from typing import Any, Literal, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
 from lpcam.classifiers.feature_store import PRECISIONS, image_pyramid
-from lpcam.classifiers.features import FeaturePair, single, tensor_pyramid
+from lpcam.classifiers.features import FeaturePair, single
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import (
     USUAL,
@@ -31,10 +31,17 @@ from lpcam.data.images import (
 )
 from lpcam.method.batches import class_indices
 from lpcam.method.extractors import CAM, LPCAM
-from lpcam.method.image_maps import ImageMaps, Scoring, class_scores, descending
+from lpcam.method.image_maps import MOST_MASK_VALUES, ImageMaps, Scoring, class_scores, descending
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.runtime.errors import ArtefactError, DataError, ImageError, LpcamError, PrototypeError
+from lpcam.method.vit import attended_pyramid
+from lpcam.runtime.errors import (
+    ArtefactError,
+    ClassifierError,
+    DataError,
+    ImageError,
+    PrototypeError,
+)
 from lpcam.runtime.files import digest_file, printable
 from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
@@ -94,7 +101,9 @@ class Explainer:
         reading: Reading = USUAL,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
+        self.attention_blocks = 0
         if isinstance(model, LPCAM):
+            self.attention_blocks = model.attention_blocks
             prototypes = prototypes or model.prototypes_
             settings = settings or model.settings_
             foreground_only = foreground_only or not model.with_context
@@ -108,15 +117,27 @@ class Explainer:
         self.classifier = source.folded() if isinstance(source, Classifier) else source
         if isinstance(source, Classifier):
             preprocessing = source.preprocessing
+            if self.attention_blocks:
+                raise ClassifierError("attention_blocks needs the bare model, not a Classifier")
         self.preprocessing = preprocessing or Preprocessing.of_timm(source.core)
         # A wrapped model is read by hooks, which two threads would share.
         self._lock = threading.Lock() if isinstance(source, WrappedModel) else nullcontext()
         self.mask_ids = None if mask_ids is None else tuple(mask_ids)
+        if self.mask_ids is not None and not (
+            len(self.mask_ids) == len(self.classes)
+            and all(1 <= value <= MOST_MASK_VALUES for value in self.mask_ids)
+        ):
+            raise DataError(
+                f"mask_ids is {mask_ids!r:.60}; expected a value from 1 to {MOST_MASK_VALUES} for "
+                f"each of the {len(self.classes)} classes"
+            )
         own = isinstance(source, Classifier) or source.new_head or source.output == "sigmoid"
         self.scoring: Scoring = scoring or ("sigmoid" if own else "softmax")
-        self.score_side = score_side
-        self.maximum_side = maximum_side
-        self.reading = reading
+        named = ("scoring", self.scoring, get_args(Scoring)), ("precision", precision, PRECISIONS)
+        for what, given, known in named:
+            if given not in known:
+                raise DataError(f"{what} is {given!r}; expected one of {', '.join(known)}")
+        self.score_side, self.maximum_side, self.reading = score_side, maximum_side, reading
         self.precision = PRECISIONS[precision]
         vectors = prototypes.vectors(with_context=not foreground_only)
         self.vectors = vectors.to(single(source.weight))
@@ -129,6 +150,7 @@ class Explainer:
             "method": "LPCAM-F" if foreground_only else "LPCAM",
             "scales": list(self.settings.scales),
             "flip": self.settings.flip,
+            "attention_blocks": self.attention_blocks,
             "maximum_side": maximum_side,
             "precision": precision,
             "scoring": self.scoring,
@@ -149,14 +171,11 @@ class Explainer:
         scoring: Scoring | None = None,
         device: str = "auto",
     ) -> Self:
-        """Load a classifier by file or timm name, and prototypes that ``LPCAM.save`` wrote.
+        """Load a classifier, and prototypes that ``LPCAM.save`` wrote.
 
-        Args:
-            model: a file that ``Classifier.save`` wrote, or the name of a timm model, which keeps
-                the head that it was trained with.
-            weights: weights of a timm model: ``"pretrained"`` or a safetensors file.
-            preset: name of the settings; None: those stored with the prototypes, else the default.
-            scoring: None: softmax for a timm model, sigmoid for a file.
+        ``model`` is a file that ``Classifier.save`` wrote, whose classes are scored by sigmoid
+        usually, or the name of a timm model with its own head, scored by softmax. ``weights`` are
+        its weights: ``"pretrained"`` or a safetensors file.
 
         Raises ClassifierError or ArtefactError if the model or a file cannot be loaded, and
         PrototypeError if the prototypes belong to another classifier.
@@ -172,11 +191,6 @@ class Explainer:
             scoring=scoring or ("sigmoid" if from_file else "softmax"),
             made_by={"model": Path(model).name, "prototypes": digest_file(Path(prototypes))},
         )
-
-    @classmethod
-    def from_run(cls, folder: Path | str, **options: Any) -> NoReturn:
-        """Not available; use :meth:`lpcam.pipeline.run_folder.RunFolder.explainer` instead."""
-        raise LpcamError("Explainer.from_run(folder) is now lpcam.RunFolder(folder).explainer()")
 
     def __call__(
         self,
@@ -235,8 +249,7 @@ class Explainer:
     ) -> ImageMaps:
         image, own_name = _read(source, self.reading)
         made_from = {"file": printable(Path(source))} if isinstance(source, str | Path) else {}
-        mapped = limit_long_side(image, self.maximum_side)
-        settings = self.settings
+        mapped, settings = limit_long_side(image, self.maximum_side), self.settings
         with self._lock:
             pairs = self._pyramid(mapped, settings.scales, flip=settings.flip)
             at_1 = dict(zip(settings.scales, pairs, strict=True)).get(1.0)
@@ -266,17 +279,15 @@ class Explainer:
                 self.classifier, image[None], scales, flip=flip, precision=self.precision
             )
         else:
-            pairs = tensor_pyramid(self.classifier, self._input(image), scales, flip=flip)
-        return [
-            FeaturePair(p.features[0], None if p.mirrored is None else p.mirrored[0]) for p in pairs
-        ]
+            images, blocks = self._input(image), self.attention_blocks
+            pairs = attended_pyramid(self.classifier, images, scales, flip=flip, blocks=blocks)
+        return [FeaturePair._make(None if f is None else f[0] for f in pair) for pair in pairs]
 
     def _input(self, image: NDArray[np.uint8]) -> Tensor:
         """An image (H, W, 3) as a batch (1, 3, H', W') of a size that the wrapped model takes."""
         model = cast(WrappedModel, self.classifier)
-        height, width = (
-            max(1, round(side / model.multiple)) * model.multiple for side in image.shape[:2]
-        )
+        multiple = model.multiple
+        height, width = (max(1, round(side / multiple)) * multiple for side in image.shape[:2])
         size = model.fixed_size or (height, width)
         image = image if size == image.shape[:2] else resize_image(image, size)
         return self.preprocessing(image)[None].to(model.device)
@@ -297,10 +308,8 @@ class Explainer:
 def _stored_settings(prototypes: Prototypes) -> LpcamSettings | None:
     """The settings that ``LPCAM.save`` stored with the prototypes, if any."""
     stored = prototypes.made_by.get("settings")
-    if not isinstance(stored, Mapping):
-        return None
     try:
-        return LpcamSettings.model_validate(dict(stored))
+        return None if stored is None else LpcamSettings.model_validate(stored)
     except ValidationError as error:
         raise ArtefactError(
             f"the settings stored with the prototypes do not fit this version "
@@ -318,6 +327,7 @@ def _read(source: ImageSource, reading: Reading) -> tuple[NDArray[np.uint8], str
             return to_rgb(upright, reading.range), "image"
         except (ValueError, OSError) as error:
             raise ImageError(f"cannot use this Pillow image: {error}") from error
-    if source.ndim != 3 or source.shape[2] != 3 or source.dtype != np.uint8 or not source.size:
-        raise DataError(f"image is {source.dtype} {source.shape}; expected uint8 (H, W, 3) RGB")
+    shape, kind = getattr(source, "shape", ()), getattr(source, "dtype", type(source).__name__)
+    if len(shape) != 3 or shape[2] != 3 or kind != np.uint8 or not source.size:
+        raise DataError(f"image is {kind} {shape}; expected uint8 (H, W, 3) RGB")
     return source, "image"

@@ -60,16 +60,8 @@ def explain_files(
     """Explain image files and the images of folders, as :func:`process_images` does.
 
     Writes below ``output`` what :meth:`ImageMaps.save` writes for each image, ``sheet.png`` (a
-    contact sheet of the first images) and the index ``explained.json``.
-
-    Args:
-        workers: images processed at the same time.
-        command: recorded in the index.
-        labels, options: arguments of :meth:`Explainer.__call__`.
-
-    Raises:
-        DataError: if there is no image or a label is unknown.
-        ArtefactError: as :func:`process_images`.
+    contact sheet of the first images) and the index ``explained.json``. ``labels`` and ``options``
+    are arguments of :meth:`Explainer.__call__`.
     """
     if labels is not None:
         explainer.indices(labels)

@@ -9,10 +9,9 @@ import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -27,22 +26,21 @@ from lpcam.method import extractors as extract
 from lpcam.method.functional import cosine_activation, fuse_scales, normalize, unflip, unit
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.method.vit import PositionFree, attended_pyramid, spread_by_attention
+from lpcam.method.vit import attended_pyramid, spread_by_attention
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 
 Targets = Sequence[Any] | None  #: Class indices, objects with ``category``, FinerWeightedTargets.
 Maps = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
-class View:
+class View(NamedTuple):
     """A view of an image for ``aug_smooth``: times a factor, mirrored or not."""
 
     by: float
     flip: bool
 
     def augment_image(self, images: Tensor) -> Tensor:
-        """The view (B, c, H, W) of images (B, c, H, W)."""
+        """The view of images (B, c, H, W)."""
         return (unflip(images) if self.flip else images) * self.by
 
     def deaugment_mask(self, maps: Tensor) -> Tensor:
@@ -62,10 +60,11 @@ class Activations:
     """
 
     def __init__(self, run: Callable[[Tensor], Tensor]) -> None:
-        self.run, self.size = run, (0, 0)
+        self.run = run
         self.release()
 
     def __call__(self, images: Tensor) -> Tensor:
+        self.size = images.shape[-2], images.shape[-1]
         return self.run(images)
 
     def release(self) -> None:
@@ -91,10 +90,10 @@ class LPCAM(extract.LPCAM):
         settings: settings or the name of a preset; None: ``voc12.official`` at scale 1, unflipped.
         random_state, with_context, options: as for :class:`lpcam.LPCAM`.
 
-    ``outputs`` are the logits (B, N) of the last call, ``batch_size`` is the most images that pass
-    the model together. With ``classes=`` of a model without a linear head for them, ``fit`` fits
-    one, and targets are indices of these classes. Raises ClassifierError if the classifier does not
-    read a pooled map linearly, and PrototypeError if ``prototypes`` are of another model.
+    ``outputs`` are the logits (B, N) of the last call. With ``classes=`` of a model without a
+    linear head for them, ``fit`` fits one, and targets are indices of these classes. Raises
+    ClassifierError if the classifier does not read a pooled map linearly, and PrototypeError if
+    ``prototypes`` are of another model.
 
     Example:
         >>> layers = nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
@@ -127,14 +126,16 @@ class LPCAM(extract.LPCAM):
             warnings.warn(f"LPCAM has no gradients; {unused} has no effect", stacklevel=2)
         # what code around the methods of pytorch-grad-cam reads
         self.compute_input_gradient, self.uses_gradients, self.detach = False, False, True
-        self.target_layers, self.reshape_transform = list(target_layers or ()), reshape_transform
+        alone = isinstance(target_layers, nn.Module)
+        self.target_layers = [target_layers] if alone else list(target_layers or ())
+        self.reshape_transform = reshape_transform
         self.tta_transforms: Iterable[Any] = VIEWS if tta_transforms is None else tta_transforms
-        self.self_fit, self.batch_size = self_fit, 32
-        self.outputs: Tensor | None = None
+        self.self_fit = self_fit
+        self.outputs: Any = None
         self.activations_and_grads = Activations(self._pass)
         of_model = {name: options[name] for name in self._model_options if name in options}
         found = _source(model, self.target_layers, reshape_transform, of_model)
-        self.source = PositionFree.of(found) if self.remove_position_bias else found
+        self.source = self._of_options(found)
         if self.source.needs_head and self_fit:
             raise ClassifierError(
                 f"this model gives no logits of the {len(self.source.classes)} classes, and "
@@ -197,14 +198,11 @@ class LPCAM(extract.LPCAM):
     def forward_augmentation_smoothing(
         self, input_tensor: Tensor, targets: Targets = None, eigen_smooth: bool = False
     ) -> Maps:
-        """A call with ``aug_smooth``; the first view gives ``outputs`` and the classes for None."""
-        self.get_target_width_height(input_tensor)
-        outputs: list[Tensor] = []
-        maps: list[Tensor] = []
+        """A call with ``aug_smooth``; the first view gives ``outputs`` and the usual targets."""
+        outputs, maps = list[Tensor](), list[Tensor]()
         for view in self.tta_transforms:
             found = self.forward(view.augment_image(input_tensor), targets, eigen_smooth)
             maps.append(view.deaugment_mask(torch.from_numpy(found)[:, None])[:, 0])
-            assert self.outputs is not None
             outputs.append(self.outputs)
             targets = outputs[0].argmax(1).tolist() if targets is None else targets
         self.outputs = outputs[0]
@@ -220,17 +218,15 @@ class LPCAM(extract.LPCAM):
     def compute_cam_per_layer(
         self, input_tensor: Tensor, targets: Targets, eigen_smooth: bool = False
     ) -> list[Maps]:
-        """Maps (B, 1, H, W) from the last pass, one array, as the classifier reads one layer."""
+        """Maps (B, 1, H, W) from the last pass, a list of one, as one layer is read."""
         width, height = self.get_target_width_height(input_tensor)
-        layer = next(iter(self.target_layers[::-1]), None)
-        maps = []
-        for pair in self.activations_and_grads.pairs[: len(self.settings.scales)]:
-            features = pair.features
-            if pair.mirrored is not None:
-                features = features + unflip(pair.mirrored)
-            found = self.get_cam_image(input_tensor, layer, targets, features, None, eigen_smooth)
+        layer, maps = next(iter(self.target_layers[::-1]), None), []
+        for features, mirrored, spread in self.activations_and_grads.pairs[
+            : len(self.settings.scales)
+        ]:
+            both = features if mirrored is None else features + unflip(mirrored)
+            found = self.get_cam_image(input_tensor, layer, targets, both, None, eigen_smooth)
             own = torch.from_numpy(found)[:, None].relu()
-            spread = pair.attention
             maps.append(own if spread is None else spread_by_attention(own, spread.cpu()))
         return [fuse_scales(maps, (height, width)).high_res.float().numpy()]
 
@@ -280,38 +276,29 @@ class LPCAM(extract.LPCAM):
     @torch.no_grad()
     def _pass(self, images: Tensor) -> Tensor:
         """Logits (B, N); features of each scale, and of scale 1 in any case, are kept."""
-        settings, kept = self.settings, []
         source = self._source if isinstance(self._source, WrappedModel) else self.source
-        scales, logits, found = extract.with_scale_one(settings.scales), [], []
+        scales, flip = extract.with_scale_one(self.settings.scales), self.settings.flip
         images, own = images.to(source.device, source.dtype), scales.index(1.0)
-        outputs: list[Any] = []
+        blocks, state, outputs = self.attention_blocks, self.activations_and_grads, list[Any]()
         hook = source.core.register_forward_hook(lambda *given: outputs.append(given[-1]))
         with hook, full_precision(source.device):
-            for part in torch.split(images, self.batch_size):
-                outputs.clear()
-                pyramid = attended_pyramid(
-                    source, part, scales, flip=settings.flip, blocks=self.attention_blocks
-                )
-                found.append(list(pyramid))
-                if source.new_head:
-                    pooled = found[-1][own].features.mean((-2, -1))
-                    logits.append(F.linear(pooled, source.weight, source.bias))
-                elif len(outputs) == len(scales):
-                    logits.append(_logits(outputs[own], len(source.classes))[: len(part)])
-                else:  # a function gives the map without a pass of the whole model
-                    logits.append(source.logits(part))
-        for parts in zip(*found, strict=True):
-            fields = zip(*parts, strict=True)
-            kept.append(FeaturePair._make(None if f[0] is None else torch.cat(f) for f in fields))
-        state, self.outputs = self.activations_and_grads, torch.cat(logits)
-        state.pairs, state.activations = kept, [kept[own].features.cpu()]
-        state.size = images.shape[-2], images.shape[-1]
-        return self.outputs
+            state.pairs = list(attended_pyramid(source, images, scales, flip=flip, blocks=blocks))
+            features = state.pairs[own].features
+            if source.new_head:
+                logits = F.linear(features.mean((-2, -1)), source.weight, source.bias)
+            elif len(outputs) == len(scales):
+                logits = cast(Tensor, logits_of(outputs[own]))[: len(images)].detach()
+            else:  # a function gives the map without a pass of the whole model
+                logits = source.logits(images)
+        self.outputs, state.activations = logits, [features.cpu()]
+        return logits
 
     def _class_weights(self, targets: Targets, count: int) -> Tensor:
         """Weights (B, N) by which the vectors of the classes are summed for each image."""
         classes = len(self.source.classes)
-        if not isinstance(targets, Iterable) or len(each := list(targets)) != count:
+        listed = isinstance(targets, Iterable) and getattr(targets, "ndim", 1)
+        each = [*cast(Sequence[Any], targets)] if listed else []
+        if len(each) != count:
             raise ValueError(f"expected a list of {count} targets, got {targets!r:.80}")
         weights = torch.zeros(count, classes, device=self.device)
         for image, target in enumerate(each):
@@ -319,7 +306,6 @@ class LPCAM(extract.LPCAM):
             main = target.main_category if others else target
             weights[image, _category(main, classes)] += 1
             if others:  # a FinerWeightedTarget: minus classes that are weighted by their scores
-                assert self.outputs is not None
                 indices = [_category(other, classes) for other in others]
                 shares = self.outputs[image].float().softmax(0)[indices]
                 for index, share in zip(indices, shares / shares.sum(), strict=True):
@@ -352,15 +338,11 @@ class LPCAM(extract.LPCAM):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Forget the feature maps of the last call; an exception is raised."""
         self.activations_and_grads.release()
 
 
 def principal_component(features: Tensor, vectors: Tensor) -> Tensor:
-    """First principal component (B, h, w) of the products of unit features and vectors, signed.
-
-    LPCAM sums these products over the channels; the sign is that of the correlation with it.
-    """
+    """Principal component (B, h, w) of what LPCAM sums over channels; correlates with the sum."""
     products = (unit(features.float(), dim=1) * vectors.float()[:, :, None, None]).flatten(2)
     centred = products - products.mean(2, keepdim=True)
     _, values, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -437,14 +419,6 @@ def _read(
             f"reshape_transform cannot take the output of {type(layer).__name__} for images of "
             f"{images.shape[-2]} x {images.shape[-1]}: {error}"
         ) from error
-
-
-def _logits(output: Any, classes: int) -> Tensor:
-    logits = logits_of(output)
-    if logits is None or logits.shape[1] != classes:
-        given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise ClassifierError(f"the model gives {given}; expected logits (B, {classes})")
-    return logits.detach()
 
 
 def _category(target: Any, classes: int) -> int:

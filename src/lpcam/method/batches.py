@@ -68,13 +68,12 @@ def read_images(given: Any, channels: int) -> Tensor:
                 "size, or give batches of one image"
             )
         given = torch.stack(parts)
-    images = _tensor(given)
+    images, advice = _tensor(given), f"expected (B, {channels}, H, W)"
     shape = tuple(images.shape)
-    advice = f"expected (B, {channels}, H, W)"
     if not images.is_floating_point():
         advice = "scale and normalise: images = (images.float() / 255 - mean) / std"
     elif len(shape) == 3:
-        advice += "; a batch of one image is images[None]"
+        advice += "; a batch of one image is images[None]; for a data set, give DataLoader(dataset)"
     elif len(shape) == 4 and shape[1] != channels and shape[3] == channels:
         advice += ": images = images.permute(0, 3, 1, 2)"
     elif len(shape) == 4 and all(shape):
@@ -113,7 +112,7 @@ def read_labels(labels: Any, count: int, classes: Sequence[str]) -> list[list[in
         labels = torch.tensor(rows, dtype=torch.float64)
     if not isinstance(labels, Tensor):
         raise BatchError(f"the labels are {_text(labels)}; {BATCH}")
-    values, boolean = labels.detach().cpu(), labels.dtype == torch.bool
+    values, boolean = labels.detach().to_dense().cpu(), labels.dtype == torch.bool
     if values.numel() == count and ((boolean and number == 1) or values.ndim == 0):
         values = values.reshape(count, -1) if boolean else values[None]
     if tuple(values.shape) == (count, number):

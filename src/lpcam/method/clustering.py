@@ -29,7 +29,7 @@ FRESH_SUMS = 8
 
 @dataclass(frozen=True)
 class Clusters:
-    """Result of clustering M points with C channels into K clusters."""
+    """Result of clustering points (M, C) into K clusters."""
 
     centers: Tensor  #: (K, C), floating point: the centres that equation 5 compares features with.
     means: Tensor
@@ -68,12 +68,6 @@ class CosineKMeans:
         tolerance: the iterations stop when the change is below it.
         tolerance_kind: "absolute": squared sum of the shifts of the centres (the released program,
             with tolerance 5). "relative": gain of the objective divided by 1 - objective.
-
-    Example:
-        >>> points = torch.tensor([[2.0, 0.0], [4.0, 0.0], [0.0, 3.0]])
-        >>> first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-        >>> [found.objective for found in CosineKMeans().fit(points, 2, [first, second])]
-        [1.0, 1.0]
     """
 
     init: Init = "random"
@@ -84,17 +78,14 @@ class CosineKMeans:
 
     @torch.no_grad()
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
-        """See :meth:`Clustering.fit`; the centres of half-precision points are single precision.
-
-        Raises ValueError if there are fewer points than clusters, or they contain NaN or Inf.
-        """
+        """See :meth:`Clustering.fit`; ValueError for points that are too few, NaN or Inf."""
         source = _Points(points, k)
         pick = source.spread_rows if self.init == "k-means++" else source.random_rows
         return _iterate(source, torch.stack([points[pick(k, one)] for one in generators]), self)
 
 
 def from_settings(settings: Any) -> CosineKMeans:
-    """The method with the values of a :class:`FittingSettings`."""
+    """The method with values of settings."""
     return CosineKMeans(**{one.name: getattr(settings, one.name) for one in fields(CosineKMeans)})
 
 
@@ -269,10 +260,7 @@ class _Points:
     def assign(
         self, directions: Tensor, centers: CenterKind, previous: _Assignment | None = None
     ) -> _Assignment:
-        """Assign every point to its nearest unit centre (R, K, C) and sum the members, in one pass.
-
-        The sums of a previous assignment are updated by the points that changed cluster.
-        """
+        """Assign every point to its nearest unit centre (R, K, C) and sum its members."""
         restarts, k, _ = directions.shape
         state = self._empty(self.rows.new_empty(restarts, len(self.rows), dtype=torch.int64), k)
         if previous is not None:
@@ -314,11 +302,7 @@ class _Points:
         centers: CenterKind,
         before: Tensor | None = None,
     ) -> None:
-        """Add a chunk's points (n, C) to the sums and sizes of their clusters (in place).
-
-        With the labels ``before`` (R, n), only points that changed cluster are added and
-        subtracted. The members of a cluster are summed in their order, whatever the device.
-        """
+        """Add a chunk's points (n, C), or those that moved, to sums and sizes."""
         restarts, k, _ = state.sums.shape
         offsets = torch.arange(0, restarts * k, k, device=part.device)[:, None]
         clusters = (state.labels[:, place] + offsets).flatten()

@@ -1,7 +1,4 @@
-"""CAM and LPCAM as extractors: an image and a classifier in, class maps out.
-
-:class:`CAM` and :class:`LPCAM` take tensors and data loaders, and any classifier.
-"""
+"""CAM and LPCAM as extractors: an image and any classifier in, class maps out."""
 
 from __future__ import annotations
 
@@ -99,14 +96,9 @@ class CAM:
         self._source: Source | None = None
 
     def __repr__(self) -> str:
-        model: Any = (
-            self.model if isinstance(self.model, WrappedModel) else type(self.model).__name__
-        )
-        changed = [
-            f"{field.name}={getattr(self, field.name)!r:.60}"
-            for field in fields(self)[1:]
-            if getattr(self, field.name) is not field.default
-        ]
+        model = self.model if isinstance(self.model, WrappedModel) else type(self.model).__name__
+        given = [(getattr(self, one.name), one) for one in fields(self)[1:]]
+        changed = [f"{f.name}={value!r:.60}" for value, f in given if value is not f.default]
         return f"{type(self).__name__}({', '.join([str(model), *changed])})"
 
     def __sklearn_tags__(self) -> Any:
@@ -129,9 +121,7 @@ class CAM:
             raise ValueError(f"no parameter {unknown[0]!r}; there are {', '.join(known)}")
         for name, value in parameters.items():
             setattr(self, name, value)
-        if not parameters.keys().isdisjoint(
-            ("model", "remove_position_bias", *self._model_options)
-        ):
+        if parameters.keys() & {"model", "remove_position_bias", *self._model_options}:
             self._reset()
         return self
 
@@ -158,8 +148,7 @@ class CAM:
         if not isinstance(self.model, (Classifier, WrappedModel)):
             options["classes"] = classes if self.classes is None else self.classes
             return self._of_options(wrap(self.model, **options))
-        given = sorted(name for name, value in options.items() if value is not None)
-        if given:
+        if given := [name for name, value in options.items() if value is not None]:
             raise ClassifierError(
                 f"{', '.join(given)} cannot be given beside a {type(self.model).__name__}, which "
                 "has its own; leave it out, or give the bare model"
@@ -260,12 +249,11 @@ class LPCAM(CAM):
 
     def _reset(self) -> None:
         super()._reset()
+        self._images, self._fingerprint = 0, ""
         self._reservoir: Reservoir | None = None
-        self._images = 0
         self._prototypes: Prototypes | None = None
         self._loaded: dict[str, Any] = {}
         self._state: tuple[Any, ...] = ()
-        self._fingerprint = ""
 
     def __sklearn_is_fitted__(self) -> bool:
         return self._prototypes is not None or self._reservoir is not None
@@ -402,9 +390,9 @@ class LPCAM(CAM):
         multi_scale = settings.split_maps == "multi_scale"
         scales = with_scale_one(settings.scales if multi_scale else ())
         with full_precision(source.device):
-            size, flip = _size(images), settings.flip and multi_scale
+            flip = settings.flip and multi_scale
             pairs = list(tensor_pyramid(source, images.to(source.device), scales, flip=flip))
-            self._collect(pairs, scales, chosen, size)
+            self._collect(pairs, scales, chosen, _size(images))
         return self
 
     def _begin(self) -> None:
@@ -459,10 +447,8 @@ class LPCAM(CAM):
         given: Any = np.random.default_rng() if self.random_state is None else self.random_state
         if hasattr(given, "__index__"):
             return operator.index(given)
-        if isinstance(given, np.random.RandomState):
-            return int(given.randint(2**31 - 1))
-        if isinstance(given, np.random.Generator):
-            return int(given.integers(2**31 - 1))
+        if draw := getattr(given, "integers", getattr(given, "randint", None)):
+            return int(draw(2**31 - 1))
         raise ValueError(
             f"random_state is an integer, None, a RandomState or a Generator, not {given!r:.60}"
         )
@@ -518,8 +504,8 @@ class LPCAM(CAM):
     def save(self, path: str | Path, *, reservoir: bool = False) -> None:
         """Write prototypes, class names, and the head if ``fit`` made one, to a safetensors file.
 
-        With ``reservoir`` it also has the sampled local features, so that :meth:`partial_fit` can
-        go on after :meth:`load`. A preset with ``max_features`` bounds their number.
+        With ``reservoir`` it also has the sampled local features, at most ``max_features`` for each
+        class and side, so that :meth:`partial_fit` can go on after :meth:`load`.
         """
         prototypes, source = self.prototypes_, self.source_
         new = isinstance(source, WrappedModel) and source.new_head

@@ -222,27 +222,13 @@ def unflip(maps: Tensor) -> Tensor:
 
 
 def cam_of_pair(features: Tensor, mirrored: Tensor | None, weight: Tensor) -> Tensor:
-    """CAM of one scale: ReLU(A(f)) + unflip(ReLU(A(f_mirror))), (..., N, h, w), not normalised.
-
-    Example:
-        >>> image, mirror = torch.tensor([[[2.0, 0.0]]]), torch.tensor([[[1.0, -5.0]]])
-        >>> cam_of_pair(image, mirror, torch.ones(1, 1)).tolist()
-        [[[2.0, 1.0]]]
-    """
+    """CAM of one scale: ReLU(A(f)) + unflip(ReLU(A(f_mirror))), (..., N, h, w), not normalised."""
     maps = class_activation(features, weight).relu()
     return maps if mirrored is None else maps + unflip(class_activation(mirrored, weight).relu())
 
 
 def lpcam_of_pair(features: Tensor, mirrored: Tensor | None, vectors: Tensor) -> Tensor:
-    """LPCAM of one scale: ReLU of the cosine of f + unflip(f_mirror).
-
-    As :func:`cam_of_pair`, with ``vectors`` (N, C) of :func:`foreground_minus_context` as rows.
-
-    Example:
-        >>> features = torch.tensor([0.0, 4.0])[:, None, None]
-        >>> lpcam_of_pair(features, None, torch.tensor([[0.5, -0.5], [0.0, 1.0]])).tolist()
-        [[[0.0]], [[1.0]]]
-    """
+    """LPCAM of one scale: ReLU of :func:`cosine_activation`."""
     return cosine_activation(features, vectors, mirrored).relu()
 
 

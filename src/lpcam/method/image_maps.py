@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -86,11 +84,7 @@ class ImageMaps:
         mask_ids: Sequence[int] | None = None,
         **values: Any,
     ) -> Self:
-        """The maps of the ``chosen`` classes from features of one image of a size (h, w).
-
-        ``weight``, ``vectors``, ``names``, ``scores`` and ``mask_ids`` are of all classes;
-        ``values`` are the other fields.
-        """
+        """The maps of the ``chosen`` of all classes from features of one image of a size (h, w)."""
         # NumPy arrays, because inference tensors cannot be used everywhere.
         cam, lpcam = (np.zeros((len(chosen), *size), np.float32) for _ in METHOD_NAMES)
         for start in range(0, len(chosen), CLASSES_TOGETHER):
@@ -136,8 +130,7 @@ class ImageMaps:
     ) -> NDArray[np.uint8]:
         """Mask values, uint8 (H, W): the best class where its map is above the threshold, else 0.
 
-        The threshold is that of the method if none is given. Only the given ``classes`` compete for
-        pixels; None: all that have maps.
+        The threshold is that of the method if none is given. Only the given ``classes`` compete.
         """
         if threshold is None:
             threshold = self.threshold if method == "LPCAM" else self.cam_threshold
@@ -219,15 +212,6 @@ class ImageMaps:
     def _repr_png_(self) -> bytes:
         return sheet(self.sheet_rows(long_side=2 * CELL), mask_title="mask")
 
-    def _repr_html_(self) -> str:
-        picture = base64.b64encode(self._repr_png_()).decode()
-        text = html.escape(repr(self).removeprefix("ImageMaps(").removesuffix(")"))
-        notes = "".join(f"<br>{html.escape(note)}" for note in self.notes)
-        return (
-            f'<div><img alt="image, CAM, LPCAM and mask: {text}" '
-            f'src="data:image/png;base64,{picture}"><p>{text}{notes}</p></div>'
-        )
-
     def save(self, folder: Path | str) -> dict[str, Any]:
         """Write heat maps, overlays, mask and findings below a folder; returns the findings.
 
@@ -262,9 +246,7 @@ class ImageMaps:
 
     def _plane(self, place: int, method: MethodName) -> NDArray[np.float32]:
         """One map at the size of the image, enlarged as a run enlarges its maps."""
-        plane: NDArray[np.float32]
-        (plane,) = resize_maps(self._maps(method)[place : place + 1], self.size)
-        return plane
+        return resize_maps(self._maps(method)[place : place + 1], self.size)[0]
 
     def _place(self, name: str | None) -> int:
         if not self.classes:
@@ -302,8 +284,7 @@ def class_scores(logits: Tensor, scoring: Scoring) -> NDArray[np.float64]:
 
 def descending(scores: NDArray[np.float64]) -> list[int]:
     """Indices of scores from the highest to the lowest; of equal ones the first comes first."""
-    order: list[int] = np.argsort(-scores, kind="stable").tolist()
-    return order
+    return list(np.argsort(-scores, kind="stable").tolist())
 
 
 def resize_maps(
@@ -313,9 +294,7 @@ def resize_maps(
     if maps.shape[1:] == size or not len(maps):
         return maps
     how: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
-    resized: NDArray[np.float32]
-    resized = F.interpolate(torch.from_numpy(maps)[None], size, **how)[0].numpy()
-    return resized
+    return np.asarray(F.interpolate(torch.from_numpy(maps)[None], size, **how)[0])
 
 
 def file_parts(classes: Sequence[str]) -> list[str]:

@@ -34,28 +34,13 @@ def cam_maps(
 
     ``weight`` has the rows w_n (N, C) of the wanted classes, ``size`` is (H, W) of the image and
     ``epsilon`` is added to the maximum before the division.
-
-    Example:
-        >>> import torch
-        >>> pair = FeaturePair(torch.ones(3, 2, 2), None)
-        >>> cam_maps([pair], torch.ones(1, 3), (8, 9), epsilon=0.0).high_res.shape
-        torch.Size([1, 8, 9])
     """
     maps = [maps_of(cam_of_pair, pair, weight) for pair in pairs]
     return fuse_scales(maps, size, epsilon=epsilon)
 
 
 def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, int]) -> FusedMaps:
-    """LPCAM of equations 5 and 6 over scales and flip (specification of LPCAM, section 3i).
-
-    As :func:`cam_maps`, with rows (N, C) of ``Prototypes.vectors``.
-
-    Example:
-        >>> import torch
-        >>> pair = FeaturePair(torch.ones(3, 2, 2), None)
-        >>> lpcam_maps([pair], torch.eye(3)[:2], (8, 9)).high_res.shape
-        torch.Size([2, 8, 9])
-    """
+    """As :func:`cam_maps`, LPCAM of equations 5 and 6 with rows of ``Prototypes.vectors``."""
     return fuse_scales([maps_of(lpcam_of_pair, pair, vectors) for pair in pairs], size)
 
 
@@ -83,11 +68,5 @@ def present_maps(
 
 
 def single_scale_cam(features: Tensor, weight: Tensor, *, epsilon: float) -> Tensor:
-    """Equation 1 on the feature grid, one scale, no flip: (C, h, w) to (K, h, w) in [0, 1].
-
-    Example:
-        >>> import torch
-        >>> single_scale_cam(torch.tensor([[[1.0, 4.0, -2.0]]]), torch.ones(1, 1), epsilon=0.0)
-        tensor([[[0.2500, 1.0000, 0.0000]]])
-    """
+    """Equation 1 on the feature grid, one scale, no flip: (C, h, w) to (K, h, w) in [0, 1]."""
     return normalize(class_activation(features, weight).relu(), "max", epsilon)

@@ -26,7 +26,7 @@ Plane = NDArray[Any] | Tensor  #: A map or mask (H, W).
 
 @dataclass(frozen=True)
 class Box:
-    """Tightest box around a connected component; ``as_dict`` gives its fields."""
+    """Tightest box around a connected component."""
 
     x0: int
     y0: int
@@ -40,7 +40,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Point:
-    """Pixel and value of a peak; ``as_dict`` gives its fields."""
+    """Pixel and value of a peak."""
 
     x: int
     y: int
@@ -67,11 +67,6 @@ def components(mask: Plane, *, connectivity: Connectivity = 8) -> tuple[NDArray[
     """Labels (H, W) of the connected components of a mask, whose foreground is not 0, and their K.
 
     Labels are 0 outside and 1..K inside, numbered by their first pixel in reading order.
-
-    Example:
-        >>> labels, count = components(np.array([[1, 0, 1], [0, 0, 1]]))
-        >>> labels.tolist(), count
-        ([[1, 0, 2], [0, 0, 2]], 2)
     """
     values = _plane(mask) != 0
     if connectivity not in (4, 8):
@@ -89,18 +84,12 @@ def labelled_boxes(labels: NDArray[np.int32], count: int) -> list[tuple[int, tup
 
 
 def component_boxes(mask: Plane, *, connectivity: Connectivity = 8) -> NDArray[np.int64]:
-    """Tightest boxes (K, 4) of the connected components of a mask, in the order of :func:`boxes`.
-
-    Example:
-        >>> component_boxes(np.array([[1, 0, 1], [0, 0, 1]])).tolist()
-        [[2, 0, 3, 2], [0, 0, 1, 1]]
-    """
+    """Tightest boxes (K, 4) of the components of a mask, in the order of :func:`boxes`."""
     labels, count = components(mask, connectivity=connectivity)
     places = [(c.start, r.start, c.stop, r.stop) for _, (r, c) in labelled_boxes(labels, count)]
     corners = np.array(places, dtype=np.int64).reshape(-1, 4)
     areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    order: NDArray[np.intp] = np.lexsort((corners[:, 0], corners[:, 1], -areas))
-    return corners[order]
+    return np.asarray(corners[np.lexsort((corners[:, 0], corners[:, 1], -areas))])
 
 
 def boxes(
@@ -283,9 +272,7 @@ def _ring(first: tuple[int, int], leaving: dict[tuple[int, int], list[int]]) -> 
 
 
 def _plane(values: Plane) -> NDArray[Any]:
-    array: NDArray[Any] = np.asarray(
-        values.detach().cpu() if isinstance(values, Tensor) else values
-    )
+    array = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
     if array.ndim != 2:
         raise DataError(f"map is {array.shape}; expected (H, W), one class of one image")
     return array

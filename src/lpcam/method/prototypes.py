@@ -34,10 +34,7 @@ MOST_TOLD = 5  #: Events that are logged; all are in :attr:`Prototypes.events`.
 
 @dataclass(frozen=True)
 class Centers:
-    """Cluster centres of every class on one side (foreground or context); some are prototypes.
-
-    A class with fewer features than K has fewer centres; its other rows are zero, with score NaN.
-    """
+    """Cluster centres of every class on one side; missing ones are zero, with score NaN."""
 
     centers: Tensor  #: (N, K, C)
     scores: Tensor  #: (N, K), z of equations 3 and 4, in [0, 1]
@@ -69,16 +66,7 @@ class Centers:
 
 @dataclass(frozen=True)
 class Prototypes:
-    """Class and context prototypes of every class.
-
-    Example:
-        >>> reservoir = Reservoir(None, seed=0)
-        >>> reservoir.add(0, "foreground", 9 * torch.eye(2)[[0, 0, 0]], "image")
-        >>> settings = LpcamSettings.from_preset("voc12.official", clusters=2)
-        >>> prototypes = make_prototypes(reservoir, torch.eye(2), ("cat", "dog"), settings, seed=0)
-        >>> prototypes.vectors().tolist()
-        [[1.0, 0.0], [0.0, 0.0]]
-    """
+    """Class and context prototypes of every class."""
 
     classes: tuple[str, ...]
     foreground: Centers
@@ -129,7 +117,7 @@ class Prototypes:
     def of_file(
         cls, path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
     ) -> Prototypes:
-        """Prototypes of what was read from a file, as :meth:`load`."""
+        """Prototypes of what was read from a file."""
         try:
             if metadata["kind"] != "prototypes":
                 raise ArtefactError(
@@ -187,24 +175,18 @@ def make_prototypes(
 ) -> Prototypes:
     """Cluster the features of every class and side, score the centres and select prototypes.
 
-    Raises PrototypeError if no class has a foreground feature.
-
-    Args:
-        weight: (N, C), rows of the classifier; or (N + 1, C) with the background's row first.
-        seed: random seed of the clustering; each class and side has its own generator.
-        bias: (N,), or (N + 1,) as ``weight``; or None.
-        device: used for clustering; None: the device of ``weight``.
-        workers: CPU threads, each with one class and side; the result does not depend on them.
+    Raises PrototypeError if no class has a foreground feature. ``weight`` (N, C) and ``bias`` are
+    the classifier's, or (N + 1, C) and (N + 1,) with the background first. Each class and side has
+    its own generator, so the result does not depend on the number of CPU threads, ``workers``.
     """
     clustered = _cluster(reservoir, settings, seed, device or weight.device, workers)
     events: list[str] = []
     most = settings.clusters * settings.restarts
     foreground, context = (Centers.empty(len(classes), most, weight.shape[1]) for _ in SIDES)
-    labelled = {index for index, _ in reservoir.seen}
+    labelled = sorted({index for index, _ in reservoir.seen})
     for side, found in zip(SIDES, (foreground, context), strict=True):
-        for index, name in enumerate(classes):
-            if index not in labelled:
-                continue
+        for index in labelled:
+            name = classes[index]
             if (index, side) not in clustered:
                 effect = "empty" if side == "foreground" else "the foreground term alone"
                 events.append(f"{name}: no {side} feature was collected; its map is {effect}")
@@ -246,12 +228,11 @@ def make_prototypes(
             "the CAMs of some images, and check that the classifier recognises them"
         )
     count = int(foreground.keep.any(1).sum())
-    told = ". ".join([f"prototypes of {count:,} of {len(classes):,} classes", *events[:MOST_TOLD]])
-    if events:
-        more = f". {len(events) - MOST_TOLD} more" if len(events) > MOST_TOLD else ""
-        logger.warning("%s%s", told, more)
-    elif count < len(classes):
-        logger.info("%s", told)
+    told = [f"prototypes of {count:,} of {len(classes):,} classes", *events[:MOST_TOLD]]
+    if len(events) > MOST_TOLD:
+        told.append(f"{len(events) - MOST_TOLD} more")
+    if events or count < len(classes):
+        logger.log(logging.WARNING if events else logging.INFO, "%s", ". ".join(told))
     if absent := [name for index, name in enumerate(classes) if index not in labelled]:
         events.append(f"{shortened(absent)}: no image has this label, so there is no map of it")
     return Prototypes(
@@ -264,9 +245,7 @@ def _cluster(
 ) -> dict[tuple[int, SideName], list[Clusters]]:
     """Cluster the features of each class and side, one result for each restart."""
     method = CLUSTERINGS[settings.clustering](settings)
-    features = {
-        place: rows for place in reservoir.seen if (rows := reservoir.features(*place)) is not None
-    }
+    features = {p: rows for p in reservoir.seen if (rows := reservoir.features(*p)) is not None}
 
     def fit(place: tuple[int, SideName]) -> list[Clusters]:
         (index, side), rows = place, features[place].to(device)
@@ -285,8 +264,7 @@ def _cluster(
     results = [one for restarts in clustered.values() for one in restarts]
     if stopped := sum(not one.converged for one in results):
         logger.warning(
-            f"{stopped} of {len(results)} clusterings stopped at "
-            f"max_iterations={settings.max_iterations} before they converged; raise it or the "
-            "tolerance"
+            f"{stopped} of {len(results)} clusterings stopped at max_iterations="
+            f"{settings.max_iterations} before they converged; raise it or the tolerance"
         )
     return clustered

@@ -69,26 +69,19 @@ def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Ten
 
 
 class Reservoir:
-    """Uniform random sample of the local features of each class and side, of bounded size.
+    """Uniform random sample of the local features of each class and side, in main memory.
 
     Every feature gets a random key from a generator that is seeded with the seed, the image, the
-    class and the side. The features of the ``max_features`` smallest keys are kept, so the sample
-    depends neither on the order of the images nor on how they are shared among processes. It is in
-    main memory, with at most twice ``max_features`` rows (None: all) for each class and side.
-
-    Example:
-        >>> reservoir = Reservoir(2, seed=0)
-        >>> reservoir.add(0, "context", torch.ones(5, 3), "image 1")
-        >>> reservoir.features(0, "context").shape, reservoir.seen
-        (torch.Size([2, 3]), {(0, 'context'): 5})
+    class and the side. The features of the ``max_features`` smallest keys are kept (None: all), so
+    the sample depends neither on the order of the images nor on how processes share them.
     """
 
     def __init__(
         self, max_features: int | None, seed: int, dtype: torch.dtype = torch.float16
     ) -> None:
-        self.max_features = max_features
-        self.seed = seed
-        self.dtype = dtype
+        if not getattr(dtype, "is_floating_point", False):
+            raise ValueError(f"dtype is a floating point type, as torch.float32, not {dtype!r:.60}")
+        self.max_features, self.seed, self.dtype = max_features, seed, dtype
         self.seen: dict[tuple[int, SideName], int] = {}
         """Number of features offered, by class and side."""
         self._samples: dict[tuple[int, SideName], _Sample] = {}
@@ -103,8 +96,7 @@ class Reservoir:
         """
         # Keys are drawn first, so that a full sample copies only the few rows that it takes.
         place, rows = (index, side), rows.detach()
-        where = rows.new_ones(len(rows), dtype=torch.bool) if where is None else where
-        offered = torch.nonzero(where).flatten()
+        offered = torch.arange(len(rows)) if where is None else torch.nonzero(where).flatten()
         self.seen[place] = self.seen.get(place, 0) + len(offered)
         text = f"{self.seed}/{index}/{side}/{name}"
         digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
@@ -128,7 +120,7 @@ class Reservoir:
         sample.take(keys[chosen], kept.cpu())
 
     def merge(self, other: Reservoir) -> None:
-        """Add the sample of other images, made with the same arguments, as if all were here."""
+        """Add the sample of other images, made with the same arguments."""
         for place, count in other.seen.items():
             self.seen[place] = self.seen.get(place, 0) + count
         for place, offered in other._samples.items():
@@ -144,7 +136,7 @@ class Reservoir:
         write_tensors(path, tensors, {"kind": "reservoir", "images": images, "seen": seen})
 
     def restore(self, path: Path) -> int:
-        """Read a checkpoint and return the number of images it has seen."""
+        """Read a checkpoint; the number of images it has seen."""
         tensors, metadata = read_tensors(path)
         self.fill(tensors, metadata["seen"])
         return int(metadata["images"])
@@ -177,10 +169,9 @@ class _Sample:
     """Rows of the ``bound`` smallest keys: parts until there are ``bound``, then one block."""
 
     def __init__(self, bound: int | None) -> None:
-        self.bound = bound
+        self.bound, self.count = bound, 0
         self.keys: list[Tensor] = []
         self.rows: list[Tensor] = []
-        self.count = 0
         self._largest = float("inf")  # of the keys once the sample is full
         self._sorted = False
 
@@ -230,12 +221,8 @@ class _Sample:
 
 def read_selected(
     path: Path, labels: Sequence[tuple[str, Sequence[int]]], classes: int
-) -> dict[str, dict[int, int]]:
-    """The images of a table (classes, n) of indices into ``labels``, as :func:`draw_images`.
-
-    Raises:
-        DataError: if the table cannot be read, or an image does not have its row's class.
-    """
+) -> Mapping[str, Mapping[int, int]]:
+    """The images of a table (classes, n) of indices into ``labels``, as :func:`draw_images`."""
     try:
         table = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
@@ -245,7 +232,7 @@ def read_selected(
             f"the table data.selected, {path}, must have integers of the shape ({classes}, n), got "
             f"{table.dtype} {table.shape}"
         )
-    drawn: dict[str, dict[int, int]] = {}
+    drawn: dict[str, Counter[int]] = {}
     for index, row in enumerate(table.tolist()):
         for place in row:
             if not 0 <= place < len(labels) or index not in labels[place][1]:
@@ -254,23 +241,14 @@ def read_selected(
                     "an image of that class; its indices must count the images of the list "
                     "'prototypes' in order, none left out"
                 )
-            times = drawn.setdefault(labels[place][0], {})
-            times[index] = times.get(index, 0) + 1
+            drawn.setdefault(labels[place][0], Counter())[index] += 1
     return drawn
 
 
 def draw_images(
     labels: Sequence[tuple[str, Sequence[int]]], classes: int, settings: LpcamSettings, *, seed: int
 ) -> dict[str, dict[int, int]]:
-    """How often each image is drawn to be clustered for each class (spec. of LPCAM, section 4).
-
-    ``labels`` are the name and the class indices of each image.
-
-    Example:
-        >>> settings = LpcamSettings.from_preset("voc12.official")
-        >>> draw_images([("a", (0, 1)), ("b", (1,))], 2, settings, seed=0)
-        {'a': {0: 1, 1: 1}, 'b': {1: 1}}
-    """
+    """How often each image is drawn to be clustered for each class (spec. of LPCAM, section 4)."""
     drawn: dict[str, dict[int, int]] = {}
     wanted, replace = settings.images_per_class, settings.images_with_replacement
     for index in range(classes):

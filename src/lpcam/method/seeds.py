@@ -46,17 +46,9 @@ def to_mask(
 ) -> NDArray[np.uint8]:
     """Convert a seed mask to the values of a mask file, uint8 (H, W).
 
-    Args:
-        seed: integers (H, W) from :func:`seeds`, values 0..K.
-        keys: int64 (K,), the 0-based class index of each plane.
-        classes: their mask ids.
-        maps: (K, H, W), the maps that the seed was cut from; required for ``ignore_threshold``.
-        ignore_threshold: background pixels whose best map value is above it become 255 (ignored).
-
-    Example:
-        >>> table = ClassTable(("cat", "dog"), (8, 12))
-        >>> to_mask(torch.tensor([[0, 1, 2]]), torch.tensor([1, 0]), table).tolist()
-        [[0, 12, 8]]
+    The seed (H, W) is from :func:`seeds`; ``keys`` (K,) are the class indices of its planes.
+    Background pixels whose best value in ``maps`` (K, H, W) is above ``ignore_threshold`` become
+    255 (ignored).
     """
     ids = [BACKGROUND, *(classes.mask_ids[key] for key in keys.tolist())]
     mask: NDArray[np.uint8] = np.array(ids, dtype=np.uint8)[seed.cpu().numpy()]

@@ -24,52 +24,39 @@ from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.files import digest_tensors
 
 NOISE_IMAGES = 8  #: Number of noise images whose mean response is the position bias.
+BALANCING = 10  #: Number of divisions by the row sums and by the column sums.
 KEPT_SIZES = 8  #: Number of image sizes whose position bias is kept.
 
 
 def spread_by_attention(
-    maps: Tensor, attention: Tensor, *, power: int = 2, threshold: float = 0.4, rounds: int = 10
+    maps: Tensor, attention: Tensor, *, power: int = 2, threshold: float = 0.4
 ) -> Tensor:
     """Spread maps to places that attend to each other, inside boxes around their high values.
 
     The attention is divided by its row and column sums in turn, averaged with its transpose and
-    divided by its row sums, so that a constant map stays (after CLIP-ES, section 3.3).
+    divided by its row sums, so that a constant map stays (after CLIP-ES, section 3.3). Boxes
+    enclose the connected places from a share of a map's maximum on; the map ends there.
 
-    Args:
-        maps: (..., N, h, w), not negative.
-        attention: (..., P, P) between the P = h * w places, averaged over heads and blocks.
-        power: how often the attention is applied; more often spreads further.
-        threshold: share of a map's maximum; boxes enclose the connected places from it on. A map
-            outside its boxes is neither spread nor kept. A larger one gives smaller boxes.
-        rounds: number of divisions by the row sums and by the column sums.
-
-    Example:
-        >>> attention = torch.tensor([[0.9, 0.1], [0.5, 0.5]])  # balanced: 3/4 and 1/4
-        >>> spread_by_attention(torch.tensor([[[1.0, 0.5]]]), attention, power=1)
-        tensor([[[0.8750, 0.6250]]])
+    ``maps`` (..., N, h, w) are not negative, ``attention`` is (..., P, P) between P = h * w places,
+    applied ``power`` times. A larger ``threshold``, that share, gives smaller boxes.
     """
     affinity = attention.float()
-    for _ in range(rounds):
+    for _ in range(BALANCING):
         affinity = affinity / affinity.sum(-1, keepdim=True)
         affinity = affinity / affinity.sum(-2, keepdim=True)
     affinity = affinity + affinity.mT
     affinity = affinity / affinity.sum(-1, keepdim=True)
-    inside = _boxes(maps, threshold)
-    spread = (maps * inside).float().flatten(-2)
-    for _ in range(power):
-        spread = spread @ affinity.mT
-    return spread.reshape(maps.shape).to(maps.dtype) * inside
-
-
-def _boxes(maps: Tensor, threshold: float) -> Tensor:
-    """1 inside the boxes around the connected places of each map from a share of its maximum on."""
     top = maps.amax((-2, -1), keepdim=True)
     high = ((maps >= threshold * top) & (top > 0)).flatten(0, -3).cpu().numpy()
     inside = torch.zeros(high.shape)
     for plane, mask in zip(inside, high, strict=True):
         for left, upper, right, lower in component_boxes(mask).tolist():
             plane[upper:lower, left:right] = 1
-    return inside.reshape(maps.shape).to(maps)
+    inside = inside.reshape(maps.shape).to(maps)
+    spread = (maps * inside).float().flatten(-2)
+    for _ in range(power):
+        spread = spread @ affinity.mT
+    return spread.reshape(maps.shape).to(maps.dtype) * inside
 
 
 def without_position_bias(features: Tensor, noise: Tensor) -> Tensor:
@@ -77,11 +64,6 @@ def without_position_bias(features: Tensor, noise: Tensor) -> Tensor:
 
     The bias is the mean of the features (M, C, h, w) of noise images, minus its mean over places,
     so the mean of the features, which the classifier reads, stays (after INSID3).
-
-    Example:
-        >>> noise = torch.tensor([[[[1.0, 3.0]]], [[[1.0, 5.0]]]])
-        >>> without_position_bias(torch.tensor([[[[2.0, 2.0]]]]), noise)
-        tensor([[[[3.5000, 0.5000]]]])
     """
     bias = noise.mean(0)
     return features - (bias - bias.mean((-2, -1), keepdim=True))
@@ -101,7 +83,7 @@ class PositionFree(WrappedModel):
         return source if isinstance(source, cls) else cls(**vars(source))
 
     def features(self, images: Tensor) -> Tensor:
-        """The map (B, C, h, w) of images (B, c, H, W) without its position bias."""
+        """The map (B, C, h, w) without its position bias."""
         size = tuple(images.shape[-2:])
         if size not in self._noise:  # before the images, whose attention is what is seen last
             generator = torch.Generator().manual_seed(0)

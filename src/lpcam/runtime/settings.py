@@ -93,7 +93,7 @@ class PresetModel(Section):
     def preset_values(cls, name: str) -> dict[str, Any]:
         """Values of one preset as a fresh dict; RecipeError lists the names if it is unknown."""
         presets = _presets(cls)
-        if name not in presets:
+        if name not in list(presets):
             allowed = ", ".join(presets)
             raise RecipeError(f"unknown {cls.table} preset {name!r}; there are {allowed}")
         return dict(presets[name])

@@ -33,7 +33,7 @@ from lpcam.formats.models.onnx import ExportParity
 from lpcam.method.head import LPCAMHead
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.run_folder import RunFolder
-from lpcam.runtime.errors import ArtefactError, ClassifierError, LpcamError
+from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_tensors, write_tensors
 
 SETTINGS = LpcamSettings.from_preset(
@@ -598,5 +598,3 @@ def test_a_run_gives_its_model(tmp_path: Path) -> None:
     assert LPCAMModel.from_pretrained(tmp_path / "saved").classes == model.classes
     with pytest.raises(ArtefactError, match="holds no run"):
         RunFolder(tmp_path).model()
-    with pytest.raises(LpcamError, match=r"RunFolder\(folder\)\.model\(\)"):
-        LPCAMModel.from_run(run)

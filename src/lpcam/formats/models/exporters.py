@@ -1,11 +1,4 @@
-"""Export of a classifier with LPCAM to ONNX and torch.export.
-
-An exported file gives ``logits`` (B, N) and ``maps`` (B, N, H, W) without this package::
-
-    session = onnxruntime.InferenceSession("animals.onnx")
-    image = numpy.asarray(PIL.Image.open("cow.jpg").convert("RGB"))
-    logits, maps = session.run(None, {"image": image[None]})
-"""
+"""Export of a classifier with LPCAM to ONNX and torch.export."""
 
 from __future__ import annotations
 
@@ -44,7 +37,7 @@ _METADATA = "lpcam.json"
 
 def export_onnx(
     model: LPCAMModel,
-    path: Path,
+    path: Path | str,
     *,
     dynamic: bool = True,
     size: tuple[int, int] | None = None,
@@ -61,10 +54,8 @@ def export_onnx(
             ``size``. The batch has any size in both cases. Ignored for a model of one image size.
         size: height and width of the traced image, in pixels; None chooses one.
 
-    Raises:
-        LpcamError: if onnx or onnxscript is not installed.
-        ArtefactError: if the network cannot be exported, or the file differs by more than 1e-4, is
-            larger than 2 GiB, or cannot be written.
+    Raises LpcamError without onnx or onnxscript, and ArtefactError if the network cannot be
+    exported, or the file differs by more than 1e-4, is larger than 2 GiB, or cannot be written.
     """
     size, dynamic = _size(model, size, dynamic)
     return write_onnx(_LPCAMFile(model), path, dynamic=dynamic, size=size)
@@ -72,7 +63,7 @@ def export_onnx(
 
 def export_program(
     model: LPCAMModel,
-    path: Path,
+    path: Path | str,
     *,
     dynamic: bool = True,
     size: tuple[int, int] | None = None,
@@ -159,7 +150,7 @@ def _with_names(data: bytes, shape: Sequence[Any], axes: Mapping[int, str]) -> b
     return written.getvalue()
 
 
-def _refuse_pickles(data: bytes, path: Path) -> None:
+def _refuse_pickles(data: bytes, path: Path | str) -> None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for name in archive.namelist():
             content = archive.read(name)
@@ -188,8 +179,7 @@ class _LPCAMFile(ExportModule):
         return found
 
     def error(self, images: Tensor, expected: Tensor, found: Tensor) -> float:
-        # Rounding of a map that is hardly above zero before its normalisation counts less: the
-        # difference is divided by 1 + 0.1 / that map's maximum.
+        # Rounding of a map that is hardly above zero before its normalisation counts less.
         difference = (found - expected).abs()
         if self.model.head.normalize is not None:
             images = self.normalised(images)

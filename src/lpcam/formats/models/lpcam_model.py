@@ -1,8 +1,4 @@
-"""LPCAM as a layer: a backbone and a head that gives logits and class maps in one pass.
-
-:class:`LPCAMModel` is a backbone with :class:`lpcam.method.head.LPCAMHead`. It uses one scale and
-no mirror image; :class:`lpcam.method.extractors.LPCAM` uses several scales and flip.
-"""
+"""LPCAM as a layer: a backbone and a head that gives logits and class maps in one pass."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 import yaml
@@ -27,7 +23,7 @@ from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
 from lpcam.method.extractors import LPCAM
 from lpcam.method.head import LPCAMHead, Normalize
-from lpcam.runtime.errors import ArtefactError, ClassifierError, LpcamError
+from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import (
     read_json,
     read_tensors,
@@ -82,9 +78,7 @@ class LPCAMModel(nn.Module):
         self.classes = tuple(map(str, range(count) if classes is None else classes))
         self.preprocessing = preprocessing
         self.enlarge = enlarge
-        self.channels = channels
-        self.multiple = multiple
-        self.fixed_size = fixed_size
+        self.channels, self.multiple, self.fixed_size = channels, multiple, fixed_size
         self.spec = spec
         self.made_by = dict(made_by or {})
         if len(self.classes) != count:
@@ -105,10 +99,8 @@ class LPCAMModel(nn.Module):
         Its maps equal those of that LPCAM with ``scales=(1.0,)`` and ``flip=False``; its logits
         equal those of its classifier. Without a preprocessing it takes that of the classifier.
 
-        Raises:
-            NotFittedError: if it has no prototypes.
-            PrototypeError: if they belong to another classifier.
-            ClassifierError: if a function, which cannot be copied, gives the feature map.
+        Raises NotFittedError if it has no prototypes, PrototypeError if they belong to another
+        classifier, and ClassifierError if a function, which cannot be copied, gives the map.
         """
         head = LPCAMHead.from_lpcam(lpcam, normalize=normalize)
         source = lpcam.source_
@@ -142,11 +134,6 @@ class LPCAMModel(nn.Module):
             spec=classifier.spec,
             made_by={**explainer.made_by, "settings": settings},
         )
-
-    @classmethod
-    def from_run(cls, folder: Path | str) -> NoReturn:
-        """Not available; use :meth:`lpcam.pipeline.run_folder.RunFolder.model` instead."""
-        raise LpcamError("LPCAMModel.from_run(folder) is now lpcam.RunFolder(folder).model()")
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, c, H, W) to logits (B, N) and maps (B, N, H, W)."""
@@ -214,11 +201,9 @@ class LPCAMModel(nn.Module):
                 result is on the device of ``backbone``.
             revision: branch, tag or commit of a model on the hub.
 
-        Raises:
-            ArtefactError: if a file is missing, damaged, of a newer version, or does not fit; if
-                weights or prototypes were changed; if the hub cannot be reached.
-            ClassifierError: if the folder does not describe its backbone and none is given, or the
-                feature map is not found in the given one.
+        Raises ArtefactError if a file is missing, damaged, changed, of a newer version, or does not
+        fit, or the hub cannot be reached, and ClassifierError if the folder does not describe its
+        backbone and none is given, or the feature map is not found in the given one.
         """
         path = Path(folder)
         if not path.is_dir():
@@ -350,7 +335,6 @@ class _Features(nn.Module):
 class _WrappedFeatures(nn.Module):
     """The feature map of a copy of a wrapped model, and its class token, as a traceable module.
 
-    ``WrappedModel.features`` restores the state of the user's model, which tracers cannot follow.
     What the map does not need is removed, except for modules whose weights are in ``state``.
     """
 
@@ -389,9 +373,9 @@ class _WrappedFeatures(nn.Module):
         if not isinstance(layer, nn.Module):
             return self.source.batch_first(layer(images))
         self.model(images)
-        raw = self.kept[self.source.number]
+        raw = self.source.batch_first(self.kept[self.source.number])
         self.kept.clear()
-        return self.source.batch_first(raw)
+        return raw
 
     def _keep(self, module: nn.Module, args: Any, output: Any) -> None:
         self.kept.append(output)

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Preprocessing
@@ -54,12 +52,10 @@ class ExportParity:
 
 
 class ExportModule(nn.Module, abc.ABC):
-    """Base class of modules that are exported: uint8 or normalised images to two outputs.
+    """Base class of modules that are exported: images to two outputs.
 
-    Args:
-        preprocessing: normalisation inside the file, which then takes ``image``, uint8 RGB
-            (B, H, W, 3); None: the file takes ``images``, normalised float32 (B, c, H, W).
-        multiple: number that both sides of an image must be multiples of.
+    A file with preprocessing takes ``image``, uint8 RGB (B, H, W, 3), else ``images``, normalised
+    float32 (B, c, H, W).
     """
 
     output: str  #: Name of the output beside ``logits``.
@@ -71,8 +67,7 @@ class ExportModule(nn.Module, abc.ABC):
     ) -> None:
         super().__init__()
         self.pixels = _FromPixels(preprocessing) if preprocessing else None
-        self.channels = channels
-        self.multiple = multiple
+        self.channels, self.multiple = channels, multiple
         self.input = "image" if preprocessing else "images"
 
     @abc.abstractmethod
@@ -94,7 +89,7 @@ class ExportModule(nn.Module, abc.ABC):
 
     def example(self, count: int, size: tuple[int, int]) -> Tensor:
         """An input of ``count`` images of a size, for tracing and comparing."""
-        images = torch.from_numpy(_photograph(count, size, self.channels))
+        images = _photograph(count, size, self.channels)
         if self.pixels is not None:
             return images
         return (images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()
@@ -158,14 +153,13 @@ def exporting(size: tuple[int, int], *, dynamic: bool) -> Iterator[None]:
 
 
 def write_onnx(
-    module: ExportModule, path: Path, *, dynamic: bool, size: tuple[int, int]
+    module: ExportModule, path: Path | str, *, dynamic: bool, size: tuple[int, int]
 ) -> ExportParity:
     """Write a module on the CPU as ONNX; see :func:`lpcam.formats.models.exporters.export_onnx`."""
     text, values = module.described(size, dynamic=dynamic)
     for name in ("onnx", "onnxscript"):
         import_extra(name, "onnx", f"the export to ONNX needs {name}")
-    # A batch of two: the exporter takes a batch of one for a constant. Axes are given by name,
-    # without a range: it refuses a range one pixel wider than it can prove.
+    # The exporter takes a batch of one for a constant, and refuses ranges that it cannot prove.
     with exporting(size, dynamic=dynamic):
         program: Any = torch.onnx.export(
             module,
@@ -209,7 +203,7 @@ def compare_and_write(
     module: ExportModule,
     data: bytes,
     open_file: Callable[[], Callable[[Tensor], Outputs] | None],
-    path: Path,
+    path: Path | str,
     size: tuple[int, int],
     *,
     dynamic: bool,
@@ -218,6 +212,7 @@ def compare_and_write(
 
     ``open_file`` gives the function that runs the file, or None if there is no runtime.
     """
+    path = Path(path)
     advice = "give dynamic=False and the size of your images" if dynamic else "try another export"
     other = _OTHER_SIZE if size != _OTHER_SIZE else TRACED_SIZE
     sizes = (size, rounded_up(other, module.multiple))[: 2 if dynamic else 1]
@@ -285,10 +280,9 @@ def _describe(model: Any, text: str, values: Mapping[str, Any]) -> None:
         model.metadata_props.add(key=key, value=text)
 
 
-def _photograph(count: int, size: tuple[int, int], channels: int) -> NDArray[np.uint8]:
-    """Images (B, H, W, C) of soft colour blobs with some noise, similar to photographs."""
-    generator = np.random.default_rng(0)
-    coarse = torch.from_numpy(generator.random((count, channels, 6, 6), dtype=np.float32))
-    blobs = F.interpolate(coarse, size=size, mode="bicubic").permute(0, 2, 3, 1).numpy()
-    noise = generator.normal(0.0, 8.0, blobs.shape)
-    return np.clip(255.0 * blobs + noise, 0, 255).astype(np.uint8)
+def _photograph(count: int, size: tuple[int, int], channels: int) -> Tensor:
+    """Images (B, H, W, C) of soft colour blobs, similar to photographs."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, channels, 6, 6, generator=generator)
+    blobs = F.interpolate(coarse, size=size, mode="bicubic").permute(0, 2, 3, 1)
+    return (255.0 * blobs).clamp(0, 255).byte().contiguous()
