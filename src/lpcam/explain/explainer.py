@@ -327,7 +327,8 @@ def _read(source: ImageSource, reading: Reading) -> tuple[NDArray[np.uint8], str
             return to_rgb(upright, reading.range), "image"
         except (ValueError, OSError) as error:
             raise ImageError(f"cannot use this Pillow image: {error}") from error
-    shape, kind = getattr(source, "shape", ()), getattr(source, "dtype", type(source).__name__)
+    shape: tuple[int, ...] = getattr(source, "shape", ())
+    kind = getattr(source, "dtype", type(source).__name__)
     if len(shape) != 3 or shape[2] != 3 or kind != np.uint8 or not source.size:
         raise DataError(f"image is {kind} {shape}; expected uint8 (H, W, 3) RGB")
     return source, "image"

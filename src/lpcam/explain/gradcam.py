@@ -26,7 +26,7 @@ from lpcam.method import extractors as extract
 from lpcam.method.functional import cosine_activation, fuse_scales, normalize, unflip, unit
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.method.vit import attended_pyramid, spread_by_attention
+from lpcam.method.vit import PositionFree, attended_pyramid, spread_by_attention
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 
 Targets = Sequence[Any] | None  #: Class indices, objects with ``category``, FinerWeightedTargets.
@@ -105,7 +105,7 @@ class LPCAM(extract.LPCAM):
     def __init__(
         self,
         model: nn.Module,
-        target_layers: Sequence[nn.Module] | None = None,
+        target_layers: Sequence[nn.Module] | nn.Module | None = None,
         reshape_transform: Callable[[Any], Tensor] | None = None,
         compute_input_gradient: bool = False,
         uses_gradients: bool = True,
@@ -126,8 +126,9 @@ class LPCAM(extract.LPCAM):
             warnings.warn(f"LPCAM has no gradients; {unused} has no effect", stacklevel=2)
         # what code around the methods of pytorch-grad-cam reads
         self.compute_input_gradient, self.uses_gradients, self.detach = False, False, True
-        alone = isinstance(target_layers, nn.Module)
-        self.target_layers = [target_layers] if alone else list(target_layers or ())
+        if isinstance(target_layers, nn.Module):
+            target_layers = [target_layers]
+        self.target_layers = list(target_layers or ())
         self.reshape_transform = reshape_transform
         self.tta_transforms: Iterable[Any] = VIEWS if tta_transforms is None else tta_transforms
         self.self_fit = self_fit
@@ -135,7 +136,7 @@ class LPCAM(extract.LPCAM):
         self.activations_and_grads = Activations(self._pass)
         of_model = {name: options[name] for name in self._model_options if name in options}
         found = _source(model, self.target_layers, reshape_transform, of_model)
-        self.source = self._of_options(found)
+        self.source = PositionFree.of(found) if self.remove_position_bias else found
         if self.source.needs_head and self_fit:
             raise ClassifierError(
                 f"this model gives no logits of the {len(self.source.classes)} classes, and "
@@ -296,8 +297,7 @@ class LPCAM(extract.LPCAM):
     def _class_weights(self, targets: Targets, count: int) -> Tensor:
         """Weights (B, N) by which the vectors of the classes are summed for each image."""
         classes = len(self.source.classes)
-        listed = isinstance(targets, Iterable) and getattr(targets, "ndim", 1)
-        each = [*cast(Sequence[Any], targets)] if listed else []
+        each: list[Any] = list(targets) if targets is not None and np.iterable(targets) else []
         if len(each) != count:
             raise ValueError(f"expected a list of {count} targets, got {targets!r:.80}")
         weights = torch.zeros(count, classes, device=self.device)

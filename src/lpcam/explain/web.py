@@ -34,10 +34,7 @@ def page_environment() -> jinja2.Environment:
 
 
 def encode_array(values: NDArray[Any], *, level: int = 9) -> dict[str, Any]:
-    """A uint8 or uint16 array as shape, type and deflated base64 of its little-endian bytes.
-
-    The level of the compression is from 1 (fast) to 9 (small).
-    """
+    """A uint8 or uint16 array as shape, type and deflated base64 of its little-endian bytes."""
     data = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
     return {
         "shape": list(values.shape),

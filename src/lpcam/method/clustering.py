@@ -1,8 +1,4 @@
-"""Cosine k-means, and the protocol of a clustering method (section 3 of the paper).
-
-Points are read chunk by chunk, so that those in half precision are never held in single precision
-as a whole.
-"""
+"""Cosine k-means, and the protocol of a clustering method (section 3 of the paper)."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ class ImageMaps:
         }
 
     def sheet_rows(self, *, long_side: int | None = None) -> list[SheetRow]:
-        """Rows of a sheet, one for each class (one without a class), at most ``long_side`` long."""
+        """Rows of a sheet, one for each class (or one for none), at most ``long_side`` long."""
         mask, size, image = self.mask(), self.size, self.image
         if long_side is not None and max(size) > long_side:
             size = scaled_size(*size, long_side / max(size))
@@ -246,7 +246,8 @@ class ImageMaps:
 
     def _plane(self, place: int, method: MethodName) -> NDArray[np.float32]:
         """One map at the size of the image, enlarged as a run enlarges its maps."""
-        return resize_maps(self._maps(method)[place : place + 1], self.size)[0]
+        (plane,) = resize_maps(self._maps(method)[place : place + 1], self.size)
+        return np.asarray(plane)
 
     def _place(self, name: str | None) -> int:
         if not self.classes:

@@ -30,11 +30,7 @@ def maps_of(of_pair: OfPair, pair: FeaturePair, rows: Tensor) -> Tensor:
 def cam_maps(
     pairs: Iterable[FeaturePair], weight: Tensor, size: tuple[int, int], *, epsilon: float
 ) -> FusedMaps:
-    """CAM of equation 1 over scales and flip (specification of LPCAM, section 3b).
-
-    ``weight`` has the rows w_n (N, C) of the wanted classes, ``size`` is (H, W) of the image and
-    ``epsilon`` is added to the maximum before the division.
-    """
+    """CAM of equation 1 with rows (N, C) over scales and flip, for an image of a size (H, W)."""
     maps = [maps_of(cam_of_pair, pair, weight) for pair in pairs]
     return fuse_scales(maps, size, epsilon=epsilon)
 

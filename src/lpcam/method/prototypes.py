@@ -81,8 +81,7 @@ class Prototypes:
     ) -> Tensor:
         """One vector (N, C) for each class: v_n of equation 6; zero if it has no prototype.
 
-        Without context it is that of LPCAM-F (equation 5). With ``classes`` only the rows of these
-        indices are computed; the others are zero.
+        Without context it is that of LPCAM-F. With ``classes`` the other rows are zero.
         """
         centers = self.foreground.centers
         vectors = zeros_on_demand(len(centers), centers.shape[2], like=centers)

@@ -35,8 +35,8 @@ def collect(
 ) -> None:
     """Split one image's features by its CAM (equation 2) and offer them to the reservoir.
 
-    Features are (C, h, w) at scale 1, without flip; the split map is (K, H', W'), the CAM of the K
-    classes at any size. ``times`` says how often the image was drawn for each class; None: once.
+    Features are (C, h, w) at scale 1, the split map is (K, H', W'), the CAM of the K classes.
+    ``times`` says how often the image was drawn for each class; None: once.
     """
     if not classes:
         return

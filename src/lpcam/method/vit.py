@@ -101,10 +101,7 @@ class PositionFree(WrappedModel):
 def attended_pyramid(
     source: Source, images: Tensor, scales: Sequence[float], *, flip: bool, blocks: int
 ) -> Iterator[FeaturePair]:
-    """As :func:`tensor_pyramid`, with the mean attention of the last ``blocks`` blocks; 0: none.
-
-    Raises ClassifierError if fewer blocks attend over the places of the map.
-    """
+    """As :func:`tensor_pyramid`, with the mean attention of the last ``blocks`` blocks; 0: none."""
     if isinstance(blocks, bool) or not isinstance(blocks, int) or blocks < 0:
         raise ValueError(f"attention_blocks must be an integer of at least 0, got {blocks!r:.60}")
     pyramid, recorder = tensor_pyramid(source, images, scales, flip=flip), _Recorder(blocks)

@@ -1,7 +1,4 @@
-"""Export of models to one file: the ONNX exporter, metadata, and the comparison with the model.
-
-Metadata are JSON texts; a file holds nothing of the machine that wrote it.
-"""
+"""Export of models to one file: the ONNX exporter, metadata, and the comparison with the model."""
 
 from __future__ import annotations
 
@@ -40,8 +37,8 @@ Outputs = tuple[Tensor, Tensor]
 class ExportParity:
     """How far an exported file differs from its model.
 
-    ``errors`` has the largest difference of each output: ``logits`` relative to the largest logit,
-    ``maps`` absolute, ``labels`` the share of an image's pixels with another label.
+    ``errors``: of ``logits`` relative to the largest, of ``maps`` absolute, of ``labels`` the share
+    of an image's pixels.
     """
 
     path: Path
