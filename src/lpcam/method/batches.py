@@ -89,10 +89,7 @@ def read_images(given: Any, channels: int) -> Tensor:
 
 
 def read_labels(labels: Any, count: int, classes: Sequence[str]) -> list[list[int]]:
-    """Indices of the classes of each of ``count`` images, in increasing order.
-
-    Raises BatchError if they have another form, a value that is none, or more than one reading.
-    """
+    """Indices of the classes of each of ``count`` images, in increasing order."""
     number = len(classes)
     if isinstance(labels, np.ndarray):
         labels = labels.tolist() if labels.dtype.kind in "OU" else _tensor(labels)

@@ -19,12 +19,9 @@ from lpcam.data.resize import quarter_size, resize
 
 NORM_EPSILON = 1e-8
 """Lower bound of the norm that a vector is divided by: a zero vector has cosine 0."""
-CHUNK_BYTES = 2**19
-"""Features that a CPU processes together, so that they stay in the cache of a core."""
-BEST_MARGIN = 1e-6
-"""Scores that differ from the best by less count as best if no score passes mu_f."""
-GRID = 16
-"""Usual stride of a network, in pixels: maps are enlarged to a multiple of it, then cropped."""
+CHUNK_BYTES = 2**19  #: Features that a CPU processes together, as they fit in a core's cache.
+BEST_MARGIN = 1e-6  #: Scores that differ from the best by less count as best.
+GRID = 16  #: Usual stride of a network, in pixels: maps are enlarged to a multiple, then cropped.
 Normalization = Literal["max", "minmax"]
 
 

@@ -91,8 +91,7 @@ class Reservoir:
     ) -> None:
         """Offer local features (M, C) of one image for a class, those ``where`` (M,) is True.
 
-        The name of the image seeds the keys. Raises PrototypeError if a row that would be kept
-        contains NaN, Inf or a value too large for ``dtype``.
+        Raises PrototypeError if a row that is kept has NaN, Inf or a value too large for ``dtype``.
         """
         # Keys are drawn first, so that a full sample copies only the few rows that it takes.
         place, rows = (index, side), rows.detach()

@@ -1,8 +1,7 @@
 """``lpcam serve``: a page on this machine that shows the maps of an uploaded photograph.
 
-The server answers on the loopback address only, and only to its own page: requests that name
-another host (DNS rebinding) or come from another site are refused. A photograph is held in memory
-while it is processed, and nothing of it is kept.
+Requests that name another host (DNS rebinding) or come from another site are refused. Nothing of a
+photograph is kept.
 """
 
 from __future__ import annotations
@@ -65,10 +64,9 @@ class RefusedError(LpcamError):
 
 
 def serve(explainer: Explainer, *, port: int = 8765, threads: int | None = None) -> None:
-    """Serve the page of an explainer until interrupted.
+    """Serve the page of an explainer until interrupted; port 0 is any free one.
 
-    ``port`` is on the loopback address, 0: any free one; ``threads`` is the number of CPU threads,
-    None: all that this process may use. LpcamError if the port is taken.
+    LpcamError if the port is taken. Without ``threads``, all that this process may use are used.
     """
     uvicorn = import_extra("uvicorn", "serve", _NEEDED)
     name = str(explainer.made_by.get("run", "a model"))

@@ -68,11 +68,9 @@ def export_program(
     dynamic: bool = True,
     size: tuple[int, int] | None = None,
 ) -> ExportParity:
-    """Write a model as a torch.export program (.pt2), after comparing the file with it.
+    """Write a model as a torch.export program (.pt2) without pickles, as :func:`export_onnx`.
 
-    ``torch.export.load`` reads it; the metadata are its extra file ``lpcam.json``. Nothing in the
-    file is pickled: sample inputs are left out, and weights that torch would pickle are refused.
-    Arguments, inputs, outputs and errors are those of :func:`export_onnx`.
+    The metadata are its extra file ``lpcam.json``.
     """
     size, dynamic = _size(model, size, dynamic)
     module = _LPCAMFile(model)

@@ -150,9 +150,7 @@ class LPCAMModel(nn.Module):
     def save_pretrained(
         self, folder: Path | str, *, licence: str | None = None, training_data: str | None = None
     ) -> None:
-        """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``.
-
-        The folder can be uploaded to a model hub unchanged. Existing files are replaced.
+        """Write ``config.json``, ``model.safetensors`` and a model card; files are replaced.
 
         Args:
             licence: licence of the weights, in the hub's spelling, e.g. ``"apache-2.0"``.
