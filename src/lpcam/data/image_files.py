@@ -59,8 +59,7 @@ def list_images(
     Folders ``ignored`` are not searched; ``own`` are names of other files that belong there.
     """
     files, hidden = _walk(folder, ignored)
-    images, unread, by_content = [], [], []
-    others: Counter[str] = Counter()
+    images, unread, by_content, others = [], [], list[str](), Counter[str]()
     for name, path in files:
         ending = ending_of(name)
         if reason := how_to_convert(name):
@@ -74,26 +73,20 @@ def list_images(
             others[ending or PurePosixPath(name).name] += 1
     counts = [f"{ending} {count}" for ending, count in others.most_common()]
     notices = (
-        by_content
-        and f"images by their content alone: {len(by_content)} ({shortened(by_content)})",
-        others and f"files that are no images: {others.total()} ({shortened(counts, 10)})",
-        hidden
-        and f"hidden files and folders and folders of runs, which are not read: {len(hidden)} "
-        f"({shortened(sorted(hidden))})",
+        ("images by their content alone", len(by_content), shortened(by_content)),
+        ("files that are no images", others.total(), shortened(counts, 10)),
+        ("hidden files and folders, and runs, not read", len(hidden), shortened(sorted(hidden))),
     )
-    return FolderFiles(tuple(images), tuple(unread), tuple(str(text) for text in notices if text))
+    told = tuple(f"{what}: {count} ({some})" for what, count, some in notices if count)
+    return FolderFiles(tuple(images), tuple(unread), told)
 
 
 def unnamed(named: Iterable[Path], by: str) -> tuple[str, ...]:
     """A notice of images beside others that nothing names; ``by`` says what would name them."""
     known = {*named}
-    found = (path for folder in {p.parent for p in known} for path in folder.iterdir())
-    names = [
-        path.name
-        for path in sorted(path for path in found if path not in known)
-        if not path.name.startswith(".")
-        and (ending_of(path.name) in IMAGE_SUFFIXES or how_to_convert(path.name))
-    ]
+    others = {path for folder in {p.parent for p in known} for path in folder.iterdir()} - known
+    endings = IMAGE_SUFFIXES | _UNREAD.keys()
+    names = sorted(p.name for p in others if p.name[0] != "." and ending_of(p.name) in endings)
     return (f"images that {by} names: {len(names)} ({shortened(names, 2)})",) * bool(names)
 
 

@@ -28,24 +28,24 @@ IMAGE_FORMATS = {
     **{"ICO": ".ico", "ICNS": ".icns", "XBM": ".xbm", "XPM": ".xpm", "IM": ".im", "MSP": ".msp"},
     "TGA": ".tga .icb .vda .vst",  # last: it is recognised by little
 }
-"""Formats that are read, by Pillow's names, with the extensions of their files. Pillow's others run
-another program (EPS), cannot be decoded (PDF, HDF5) or have several layers (PSD)."""
-IMAGE_SUFFIXES = frozenset(" ".join(IMAGE_FORMATS.values()).split())
-"""Extensions of image files, in lower case."""
+"""Formats that are read, by Pillow's names, with the extensions of their files."""
+IMAGE_SUFFIXES = frozenset(" ".join(IMAGE_FORMATS.values()).split())  #: In lower case.
 MAXIMUM_PIXELS = 100_000_000  #: Size of the largest image that is read; 300 MB as RGB.
-FEW_LEVELS = 32
-"""An image of fewer grey levels, whose file has more than twice as many values, is squeezed."""
+FEW_LEVELS = 32  #: An image of fewer, whose file has more than twice as many values, is squeezed.
 FULL_RANGE = (0.0, 65535.0)  #: Range of values with 16 bits where none is given.
 _PIXELS_COUNTED = 500_000  # of an image whose distinct values are counted
 _TURNED_BACK = dict(zip(range(2, 9), map(Image.Transpose, (0, 3, 1, 5, 2, 6, 4)), strict=True))
 """What gives the stored image of an upright one, by its EXIF orientation."""
+
+Values = NDArray[Any]
+Span = tuple[float, float] | None
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
     """What the files of a data set do not say themselves; it is part of every score's protocol."""
 
-    range: tuple[float, float] | None = None
+    range: Span = None
     """Values of more than 8 bits that become 0 and 255; others are clipped. None: full scale."""
     orientation: Literal["upright", "stored"] | None = None
     """``stored`` ignores the EXIF orientation; ``upright`` and None follow it."""
@@ -60,10 +60,9 @@ class Reading:
 
     def as_json(self) -> dict[str, Any]:
         """What differs from the usual reading, as JSON."""
-        found: dict[str, Any] = {} if self.range is None else {"range": list(self.range)}
-        if self.stored:
-            found["orientation"] = self.orientation
-        return found | ({"palette": [list(one) for one in self.palette]} if self.palette else {})
+        span, palette = self.range and list(self.range), [list(one) for one in self.palette]
+        found = {"range": span, "orientation": self.stored and self.orientation, "palette": palette}
+        return {key: value for key, value in found.items() if value}
 
     @classmethod
     def of_images(cls, values: Mapping[str, Any]) -> Reading:
@@ -84,9 +83,8 @@ def read_image(path: Path, reading: Reading = USUAL) -> NDArray[np.uint8]:
     :meth:`lpcam.data.dataset.Item.read`, which has their reading.
 
     Raises:
-        ImageError: naming the file and the reason, if it cannot be read, is larger than
-            `MAXIMUM_PIXELS`, or has 32-bit values without a range or 16-bit values that full scale
-            squeezes into fewer than `FEW_LEVELS`.
+        ImageError: naming the file, if it cannot be read, is larger than `MAXIMUM_PIXELS`, or full
+            scale does not suit its values.
 
     Example:
         >>> path = getfixture("tmp_path") / "a.png"
@@ -227,8 +225,8 @@ def load_values(
 ) -> tuple[Image.Image, NDArray[Any] | None]:
     """Decode and turn a file or its bytes; with its values (H, W) or (H, W, C) if it is deep.
 
-    Deep means more than 8 bits. Pillow decodes 16-bit colours to their upper 8 bits: those of PNG
-    files are decoded by torchvision, others are refused unless the range is the full one.
+    Deep means more than 8 bits. Pillow decodes 16-bit colours to their upper 8 bits; torchvision
+    decodes those of PNG files.
     """
     try:
         if (len(source) if isinstance(source, bytes) else source.stat().st_size) == 0:
@@ -254,40 +252,34 @@ def load_values(
             if not reading.stored:
                 with contextlib.suppress(Exception):
                     ImageOps.exif_transpose(image, in_place=True)
-            turned_back = reading.stored and turn > 1
-            found = image.transpose(_TURNED_BACK[turn]) if turned_back else image
+            found = image.transpose(_TURNED_BACK[turn]) if reading.stored and turn > 1 else image
             return found, np.asarray(found) if _is_deep_grey(found) else values
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(name, error) from error
 
 
-def _colour_values(
-    image: Image.Image, source: Path | bytes, reading: Reading
-) -> NDArray[Any] | None:
+def _colour_values(image: Image.Image, source: Path | bytes, reading: Reading) -> Values | None:
     """Colours of 16 bits (H, W, C); None where their upper 8 bits are all that matters."""
     if image.format == "PNG":
         # torchvision takes 160 MB of memory, and few images need it
         from torchvision.io import decode_png  # type: ignore[import-untyped]  # noqa: PLC0415
 
-        data = bytearray(source if isinstance(source, bytes) else source.read_bytes())
-        tensor = decode_png(
-            torch.frombuffer(data, dtype=torch.uint8), apply_exif_orientation=not reading.stored
-        )
+        content = bytearray(source if isinstance(source, bytes) else source.read_bytes())
+        data = torch.frombuffer(content, dtype=torch.uint8)
+        tensor = decode_png(data, apply_exif_orientation=not reading.stored)
         return np.asarray(tensor.numpy().transpose(1, 2, 0))
     upper = np.asarray(image.convert("RGB"))
     dark = upper.max() < 128 and distinct(upper) < FEW_LEVELS
     if dark or reading.range not in (None, FULL_RANGE):
         raise ValueError(
-            f"only the upper 8 of 16 bits are read of colours in a {image.format} file, which is "
-            "too few for its values; save it as a PNG with 16 bits"
+            "8 of the 16 bits of its colours are read, too few for its values; save the "
+            f"{image.format} file as a PNG with 16 bits"
         )
     return None
 
 
 def to_rgb(
-    image: Image.Image,
-    span: tuple[float, float] | None = None,
-    values: NDArray[Any] | None = None,
+    image: Image.Image, span: Span = None, values: Values | None = None
 ) -> NDArray[np.uint8]:
     """Convert a decoded image to RGB as `read_image` does; ValueError if its range is unknown."""
     if values is None and _is_deep_grey(image):
@@ -308,9 +300,7 @@ def to_rgb(
     return np.array(image.convert("RGB"))
 
 
-def scale_values(
-    values: NDArray[Any], span: tuple[float, float] | None = None
-) -> NDArray[np.uint8]:
+def scale_values(values: Values, span: Span = None) -> NDArray[np.uint8]:
     """Values of any shape as 0 to 255 for those from ``span[0]`` to ``span[1]``, which are clipped.
 
     NaN becomes 0. Without ``span`` 65535 becomes 255, and ValueError says why that is wrong.
@@ -320,10 +310,8 @@ def scale_values(
     if kind == "f" and not np.isfinite(values).any():
         raise ValueError("all its values are NaN or infinite")
     if span is None and (kind == "f" or values.min() < low or values.max() > high):
-        raise ValueError(
-            f"it has 32-bit {'float ' * (kind == 'f')}values of unknown range; give the range, or "
-            "save it with 8 or 16 bits"
-        )
+        name = "32-bit float" if kind == "f" else "32-bit"
+        raise ValueError(f"it has {name} values of unknown range; give it, or save 8 or 16 bits")
     small = kind == "u" and values.dtype.itemsize == 2
     wanted = np.arange(65536) if small else values
     scaled = np.clip((wanted.astype(np.float64) - low) * (255 / (high - low)), 0, 255)

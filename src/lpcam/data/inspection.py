@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from difflib import SequenceMatcher
 from itertools import combinations
-from typing import NamedTuple
 
 import numpy as np
 
@@ -17,9 +16,9 @@ from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, Skip, by_reaso
 from lpcam.data.label_findings import label_findings
 from lpcam.data.open_dataset import Truth
 from lpcam.data.pixels import MaskLook, mask_findings, measure
-from lpcam.data.survey import MOST_NAMED, Estimate, Finding, ListCounts, Survey, count_of
+from lpcam.data.survey import Estimate, Finding, ListCounts, Survey, count_of
 from lpcam.data.validation import check_images
-from lpcam.runtime.errors import LpcamError
+from lpcam.runtime.errors import LpcamError, shortened
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 
@@ -28,6 +27,7 @@ _RARE = 0.1  # a class with less than this share of a similar one's images may b
 # a reader's notice of what is a finding here
 _UNLABELLED = re.compile(r"\d+ of \d+ images (has|have) no label")
 _Groups = defaultdict[str, list[str]]
+_Look = tuple[MaskLook | None, tuple[str, ...]]
 
 
 def survey(
@@ -39,9 +39,8 @@ def survey(
 ) -> Survey:
     """Inspect every file of a data set once and count its contents.
 
-    A mask that cannot be used stops a run, but is a finding here; so is one that annotations give
-    (``truth``, made in memory). ``estimate`` is called with the usable
-    images and their sizes (height, width). DataError if no image can be used.
+    ``truth`` are masks that annotations give; ``estimate`` is called with the usable images and
+    their sizes (height, width). DataError if no image can be used.
     """
     truth = truth or {}
     items = dataset.items.values()
@@ -49,11 +48,9 @@ def survey(
     # a bad mask ends the check of images, and is one of many findings here
     dataset, of_masks, measured = measure(dataset, truth, workers)
     bare = {name: replace(i, mask=None, parts=None) for name, i in dataset.items.items()}
-    masks = {}
+    bare_set, masks = replace(dataset, items=bare), {}
     with progress("checking files", len(items) + len(masked)) as advance:
-        checked, records = check_images(
-            replace(dataset, items=bare), advance=advance, workers=workers
-        )
+        checked, records = check_images(bare_set, advance=advance, workers=workers)
         sizes = {name: (record["height"], record["width"]) for name, record in records.items()}
         dataset = replace(checked, items={name: dataset.items[name] for name in sizes})
         masked = [item for item in masked if item.id in sizes]
@@ -66,7 +63,7 @@ def survey(
     labels = np.zeros((len(sizes), len(dataset.classes)), np.float32)
     for row, item in enumerate(dataset.items.values()):
         labels[row, list(item.labels)] = 1
-    true = {i for i, look in masks.items() if look.mask is not None or dataset.items[i].mask}
+    true = {name for name, (look, _) in masks.items() if look or dataset.items[name].mask}
 
     def counts(name: str, ids: Sequence[str], within: tuple[str, ...] = ()) -> ListCounts:
         rows = labels[[place[i] for i in ids]]
@@ -79,7 +76,7 @@ def survey(
         counts(of, ids, tuple(o for o in sets if o != of and ids and sets[of] <= sets[o]))
         for of, ids in dataset.lists.items()
     )
-    files = {name: one.mask for name, one in masks.items() if one.mask and not one.made}
+    files = {n: look for n, (look, _) in masks.items() if look and dataset.items[n].mask}
     ruin = list(mask_findings(dataset, of_masks, files))
     findings = [
         *measured,
@@ -93,9 +90,7 @@ def survey(
     ]
     by_area = sorted(sizes.values(), key=lambda size: size[0] * size[1])
     median: tuple[int, int] = tuple(np.median(by_area, axis=0).round().astype(int).tolist())
-    suffixes = Counter(
-        item.image.suffix.lower() or "no extension" for item in dataset.items.values()
-    )
+    suffixes = Counter(i.image.suffix.lower() or "no extension" for i in dataset.items.values())
     return Survey(
         name=dataset.name,
         label_source=dataset.label_source,
@@ -120,29 +115,19 @@ def _some(
         yield Finding(kind, f"{count_of(len(names), one, several)}{rest}", tuple(names), alert)
 
 
-class _Look(NamedTuple):
-    """Contents of the true mask of an image."""
-
-    mask: MaskLook | None  # None where there is no usable mask of classes
-    faults: tuple[str, ...]
-    made: bool  # from annotations, not read from a file
-
-
 def _look(item: Item, size: tuple[int, int], truth: Truth) -> _Look:
-    made, mask = item.mask is None and item.parts is None, None
-    faults: tuple[str, ...] = ()
+    """What the true mask of an image holds, None without a usable one, and its faults."""
+    mask, faults = None, tuple[str, ...]()
     try:
-        if made:
-            mask, faults = truth[item.id]()
         if item.parts is not None:
             item.read_mask(item.parts, size)
         if item.mask is not None:
             mask = item.read_mask(size=size)
+        elif item.parts is None:
+            mask, faults = truth[item.id]()
     except LpcamError as error:
-        return _Look(None, (str(error),), made)
-    if mask is None:
-        return _Look(None, faults, made)
-    return _Look(MaskLook.of(mask), faults, made)
+        return None, (str(error),)
+    return None if mask is None else MaskLook.of(mask), faults
 
 
 def _mask_findings(
@@ -150,22 +135,23 @@ def _mask_findings(
 ) -> Iterator[Finding]:
     """Files that cannot be used, values of no class, and what labels and masks disagree on."""
     table = dataset.classes
-    faults: dict[bool, list[Skip]] = {True: [], False: []}
-    for name, look in masks.items():
-        faults[look.made] += [Skip(name, why) for why in look.faults]
+    files, made = list[Skip](), list[Skip]()
+    for name, (_, faults) in masks.items():
+        item = dataset.items[name]
+        (files if item.mask or item.parts else made).extend(Skip(name, why) for why in faults)
     for kind, reasons, one, rest, several in (
         ("left out", dataset.skipped, "image", " left out", ""),
-        ("mask", faults[False], "mask cannot be used", "", "masks cannot be used"),
-        ("annotations", faults[True], "image", " with wrong annotations", ""),
+        ("mask", files, "mask cannot be used", "", "masks cannot be used"),
+        ("annotations", made, "image", " with wrong annotations", ""),
     ):
         for names, text in by_reason(reasons):
             example = "e.g. " * (len(names) > 1)
             yield from _some(kind, names, one, f"{rest} ({example}{text})", several)
-    usable = {name: look.mask.values for name, look in masks.items() if look.mask is not None}
-    labelled = [name for name in usable if dataset.items[name].labels]
-    all_values = frozenset().union(*usable.values())
     if "mask values" in told:
         return
+    usable = {name: look.values for name, (look, _) in masks.items() if look is not None}
+    labelled = [name for name in usable if dataset.items[name].labels]
+    all_values = frozenset().union(*usable.values())
     strange, unsaid, unseen = (_Groups(list) for _ in range(3))
     for name, values in usable.items():
         for value in values - {BACKGROUND, IGNORE, *table.mask_ids}:
@@ -174,21 +160,16 @@ def _mask_findings(
             if (value in values) != (index in dataset.items[name].labels):
                 (unsaid if value in values else unseen)[class_name].append(name)
     if strange:
-        yield Finding(
-            "mask values",
-            "mask values of no class here, whose pixels no score counts "
-            f"({_commonest(strange, 'values', ' in')}; of {count_of(len(masks), 'mask')})",
-            _united(strange),
-        )
+        what = f"({_commonest(strange, ' in')}; of {count_of(len(masks), 'mask')})"
+        text = f"mask values of no class here, whose pixels no score counts {what}"
+        yield Finding("mask values", text, _united(strange))
     if usable and all_values.isdisjoint(table.mask_ids):
-        found = ", ".join(map(str, sorted(all_values)[: 2 * MOST_NAMED]))
-        yield Finding(
-            "no truth",
+        found = shortened([str(value) for value in sorted(all_values)])
+        text = (
             f"none of the true masks ({len(usable):,}) shows a class, so a run is not scored (the "
-            f"values in them: {found}{', ...' * (len(all_values) > 2 * MOST_NAMED)}; 0 is "
-            "background, 255 is not counted)",
-            tuple(usable),
+            f"values in them: {found}; 0 is background, 255 is not counted)"
         )
+        yield Finding("no truth", text, tuple(usable))
         return
     ids = _united(unsaid)
     text = " with pixels in the mask of a class that is no label, so that no map can show it"
@@ -224,21 +205,16 @@ def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Findin
 
 def _name_findings(dataset: Dataset, whole: ListCounts) -> Iterator[Finding]:
     names = dataset.classes.names
-    counts = dict(zip(names, whole.classes, strict=True))
-    close = [
-        f"{a} ({counts[a]:,}), {b} ({counts[b]:,})"
-        for a, b in combinations(names, 2)
-        if _may_be_one(a, b, counts[a], counts[b])
-    ]
+    counts = zip(names, whole.classes, strict=True)
+    pairs = ((a, b, n, m) for (a, n), (b, m) in combinations(counts, 2))
+    close = [f"{a} ({n:,}), {b} ({m:,})" for a, b, n, m in pairs if _may_be_one(a, b, n, m)]
     rest = " of classes that may be one, spelt in two ways"
     yield from _some("class names", close, "pair", rest)
     folded = _Groups(list)
     for name in dataset.items:
         folded[name.casefold()].append(name)
     same = [", ".join(ids) for ids in folded.values() if len(ids) > 1]
-    rest = (
-        " of images whose names differ in capitals only; their outputs are one file on some systems"
-    )
+    rest = " of images whose names differ in capitals only, which are one file on some systems"
     yield from _some("image names", same, "group", rest)
 
 
@@ -258,17 +234,15 @@ def _list_findings(
 ) -> Iterator[Finding]:
     counts = list(zip(dataset.classes.names, whole.classes, strict=True))
     none = [name for name, count in counts if not count]
-    several = "classes that no image shows"
-    yield from _some("empty classes", none, "class that no image shows", several=several)
+    rest = " that no image shows"
+    yield from _some("empty classes", none, "class", rest, "classes")
     few = [f"{name} ({count})" for name, count in counts if 0 < count < FEW_IMAGES]
     rest = f" with fewer than {FEW_IMAGES} images, whose maps may be weak"
-    yield from _some("small classes", few, "class", rest, several="classes", alert=False)
+    yield from _some("small classes", few, "class", rest, "classes", alert=False)
     bare = [name for name, item in dataset.items.items() if not item.labels]
-    of_all = len(bare) == whole.images
-    yield from _some("no label", bare, "image", " without a label", alert=of_all)
+    yield from _some("no label", bare, "image", " without a label", alert=not whole.labelled)
     empty = [one.name for one in lists if not one.images]
-    several = "lists without a usable image"
-    yield from _some("lists", empty, "list without a usable image", several=several)
+    yield from _some("lists", empty, "list", " without a usable image")
     sets = {
         of: frozenset(ids)
         for of, ids in dataset.lists.items()
@@ -283,21 +257,19 @@ def _list_findings(
 
 
 def _label_findings(dataset: Dataset) -> Iterator[Finding]:
-    """What labels cannot teach, of all images and of lists that may train."""
+    """What labels cannot teach, of all images, else of lists that may train."""
     yield from (found := [*label_findings(dataset.classes, [*dataset.items.values()])])
-    for name in dataset.lists if not found else ():
-        if name.startswith("train") and not name.endswith(LABELLED):
-            of_list = label_findings(dataset.classes, dataset.select(name), (), f"list {name}: ")
-            yield from (replace(finding, attention=False) for finding in of_list)
+    train = [n for n in dataset.lists if n.startswith("train") and not n.endswith(LABELLED)]
+    for name in train if not found else ():
+        of_list = label_findings(dataset.classes, dataset.select(name), where=f"list {name}: ")
+        yield from (replace(finding, attention=False) for finding in of_list)
 
 
 def _united(groups: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     return tuple(sorted({name for group in groups.values() for name in group}))
 
 
-def _commonest(groups: Mapping[str, Sequence[str]], what: str = "classes", word: str = "") -> str:
+def _commonest(groups: Mapping[str, Sequence[str]], word: str = "") -> str:
     """The largest groups with their sizes, and how many more there are."""
     parts = sorted(groups.items(), key=lambda one: (-len(one[1]), one[0].zfill(3)))
-    texts = [f"{name}{word} {len(names):,}" for name, names in parts[: 2 * MOST_NAMED]]
-    more = len(parts) - len(texts)
-    return ", ".join([*texts, f"{more} more {what}"] if more else texts)
+    return shortened([f"{name}{word} {len(names):,}" for name, names in parts])

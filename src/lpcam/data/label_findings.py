@@ -16,11 +16,7 @@ def label_findings(
 ) -> Iterator[Finding]:
     """Findings about labels of which a classifier learns nothing, or which no mAP measures.
 
-    Args:
-        classes: the classes of the data set.
-        items: the images that train a classifier.
-        held_out: the images on which it is measured, if they are known.
-        where: begins each text, such as "list train: ".
+    It learns from ``items`` and is measured on ``held_out``; ``where`` begins each text.
     """
 
     def shown(images: Sequence[Item]) -> list[frozenset[int]]:

@@ -17,8 +17,6 @@ from lpcam.data.resize import quarter_size
 from lpcam.runtime.errors import ArtefactError
 from lpcam.runtime.files import _damaged, _json_text, read_bytes, write_bytes
 
-_MAP_MEMBERS = ("keys", "cam", "cam_scale", "high_res", "high_res_scale", "made_by", "format")
-
 
 @dataclass(frozen=True, eq=False)
 class MapFile:
@@ -27,8 +25,7 @@ class MapFile:
     keys: NDArray[np.int64]  #: (K,) 0-based class indices.
     cam: NDArray[np.float32]  #: (K, ceil(H/4), ceil(W/4)), finite and non-negative.
     high_res: NDArray[np.float32]  #: (K, H, W), finite and non-negative.
-    made_by: dict[str, Any] = field(default_factory=dict)
-    """Provenance of the maps, as JSON values."""
+    made_by: dict[str, Any] = field(default_factory=dict)  #: Provenance, as JSON values.
 
 
 def map_path(folder: Path, item_id: str) -> Path:
@@ -39,17 +36,15 @@ def map_path(folder: Path, item_id: str) -> Path:
 def write_maps(path: Path, maps: MapFile, *, dtype: Literal["uint8", "float16"]) -> None:
     """Write one image's maps as a compressed npz without pickle; ArtefactError if they do not fit.
 
-    Each class plane is divided by its own maximum and stored as ``round(255 v)`` in uint8 or as
-    float16, the maxima as float32: the largest error is 1/510 (uint8) or 1/4096 (float16) of the
-    maximum.
+    Each class plane is divided by its maximum; the largest error is 1/510 (uint8) or 1/4096
+    (float16) of it.
     """
     _check_maps(path, maps)
     members: dict[str, NDArray[Any]] = {"format": np.array("fg"), "keys": maps.keys}
     for name, values in (("cam", maps.cam), ("high_res", maps.high_res)):
         scale = values.max(axis=(1, 2), initial=0)
         unit = values / np.where(scale > 0, scale, 1)[:, None, None]
-        members[name] = np.rint(unit * 255).astype(np.uint8) if dtype == "uint8" else unit
-        members[name] = members[name].astype(dtype)
+        members[name] = (np.rint(unit * 255) if dtype == "uint8" else unit).astype(dtype)
         members[f"{name}_scale"] = scale
     made_by = _json_text(maps.made_by, f"made_by of {path}", indent=None)
     members["made_by"] = np.frombuffer(made_by.encode(), dtype=np.uint8)
@@ -80,27 +75,21 @@ def read_maps(path: Path) -> MapFile:
     data = read_bytes(path)
     try:
         archive = np.load(io.BytesIO(data), allow_pickle=False)
-        members = {name: archive[name] for name in _MAP_MEMBERS}
-        made_by = json.loads(members["made_by"].tobytes())
-        kind = str(members["format"])
-        planes = {
-            name: _restore(members[name], members[f"{name}_scale"]) for name in ("cam", "high_res")
-        }
+        keys = archive["keys"]
+        cam, high_res = (_restore(archive[n], archive[f"{n}_scale"]) for n in ("cam", "high_res"))
+        made_by, kind = json.loads(archive["made_by"].tobytes()), str(archive["format"])
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
         raise _damaged(path, str(error)) from error
     if kind != "fg":
         raise _damaged(path, f"its format is {kind!r}, not 'fg'")
-    maps = MapFile(members["keys"], planes["cam"], planes["high_res"], made_by)
+    maps = MapFile(keys, cam, high_res, made_by)
     _check_maps(path, maps)
     return maps
 
 
 def _restore(values: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    unit = values.astype(np.float32)
-    if values.dtype == np.uint8:
-        unit /= 255
-    unit *= scale[:, None, None]
-    return unit
+    unit = values.astype(np.float32) / np.float32(255 if values.dtype == np.uint8 else 1)
+    return unit * scale[:, None, None]
 
 
 def _check_maps(path: Path, maps: MapFile) -> None:
@@ -108,16 +97,14 @@ def _check_maps(path: Path, maps: MapFile) -> None:
         if not holds:
             raise ArtefactError(f"maps of {path} are refused: {problem}")
 
-    keys, high_res = maps.keys, maps.high_res
+    keys, size = maps.keys, maps.high_res.shape[1:]
     wrong = f"keys are {keys.dtype} {keys.shape}; expected int64 (K,)"
     require(keys.ndim == 1 and keys.dtype == np.int64, wrong)
-    numbers = set(keys.tolist())
     wrong = f"keys {keys.tolist()} repeat or are negative; give each class once"
-    require(len(numbers) == len(keys) and min(numbers, default=0) >= 0, wrong)
-    require(high_res.ndim == 3, f"high_res has shape {high_res.shape}; expected (K, H, W)")
-    size = high_res.shape[1:]
-    for name, values, own in (("cam", maps.cam, quarter_size(size)), ("high_res", high_res, size)):
-        shape = (len(keys), *own)
+    require(len({*keys.tolist()}) == len(keys) and keys.min(initial=0) >= 0, wrong)
+    require(len(size) == 2, f"high_res has shape {maps.high_res.shape}; expected (K, H, W)")
+    for name, own in (("cam", quarter_size(size)), ("high_res", size)):
+        values, shape = getattr(maps, name), (len(keys), *own)
         wrong = f"{name} is {values.dtype} {values.shape}; expected float32 {shape}"
         require(values.shape == shape and values.dtype == np.float32, wrong)
         wrong = f"{name} has negative, NaN or infinite values; maps are finite and >= 0"

@@ -15,8 +15,7 @@ from lpcam.data.images import USUAL, Reading, load_values, png_bytes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import write_bytes
 
-COLOUR_FILES = ("labelmap.txt", "class_dict.csv", "label_colors.txt")
-"""Files in which labelling tools and data sets name the colours of masks."""
+_COLOUR_FILES = ("labelmap.txt", "class_dict.csv", "label_colors.txt")  # name colours of masks
 
 
 def voc_palette() -> NDArray[np.uint8]:
@@ -73,9 +72,10 @@ def read_index_mask(
     elif reading.palette:
         values = _by_colour(image, path, reading)
     elif image.mode not in ("P", "L", "1") and not image.mode.startswith("I"):
+        near = (folder / name for folder in [*path.parents][:3] for name in _COLOUR_FILES)
         problem = (
             f"it holds colours (mode {image.mode}), not class indices, unless --palette "
-            f"{_colour_file(path)} names the colours"
+            f"{next((one for one in near if one.is_file()), 'FILE')} names the colours"
         )
     else:
         values = np.array(image)
@@ -94,13 +94,6 @@ def read_index_mask(
             f"{size[1]}; save the mask in the size of the image"
         )
     return values.astype(np.uint8)
-
-
-def _colour_file(mask: Path) -> Path | str:
-    """A file near a mask that names colours, or the word for one."""
-    folders = list(mask.parents)[:3]
-    found = [folder / name for folder in folders for name in COLOUR_FILES]
-    return next((path for path in found if path.is_file()), "FILE")
 
 
 def _by_colour(image: Image.Image, path: Path, reading: Reading) -> NDArray[np.uint8]:

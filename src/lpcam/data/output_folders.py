@@ -54,8 +54,8 @@ class ImageResults:
         """One line per image, of the first ones, then skipped images and the folder."""
         describe = self.kind.describe
         lines = [f"{one['image']}: {describe(one)}" for one in self.found[:_MOST_LINES]]
-        if len(self.found) > _MOST_LINES:
-            lines.append(f"... and {len(self.found) - _MOST_LINES} more images")
+        more = len(self.found) - _MOST_LINES
+        lines += [f"... and {more} more images"] * (more > 0)
         skipped = [Skip(one["image"], one["reason"]) for one in self.skipped]
         lines += [*skip_lines(skipped, "left out"), *(f"note: {text}" for text in self.notices)]
         lines.append(f"results in {self.folder}")
@@ -66,15 +66,12 @@ class ImageResults:
 def find_images(sources: Iterable[Path], output: Path) -> FolderFiles:
     """Image files by the names of their outputs: the path below its folder without the extension.
 
-    Folders are searched recursively, without hidden files and ``output``. Images that would share a
-    name keep their extensions, or are numbered. DataError if there is no image or source.
+    Images that would share a name keep their extensions, or are numbered; ``output`` is not
+    searched. DataError if there is no image or source.
     """
     own = [(output / folder).resolve() for folder in OUTPUT_FOLDERS]
-    files: dict[Path, tuple[str, Path]] = {}
-    skipped: list[Skip] = []
-    notices: list[str] = []
-    sources = list(sources)
-    for source in sources:
+    files, skipped, notices = dict[Path, tuple[str, Path]](), list[Skip](), list[str]()
+    for source in (sources := list(sources)):
         if source.is_dir():
             listed = list_images(source, [output])
             for _, path in listed.images:
@@ -93,11 +90,11 @@ def find_images(sources: Iterable[Path], output: Path) -> FolderFiles:
         else:
             files.setdefault(source.resolve(), (source.name, source))
     if not files:
-        raise DataError(
+        lines = [
             f"there is no image below {', '.join(map(str, sources))}; files with the endings "
             f"{', '.join(sorted(IMAGE_SUFFIXES))} are accepted"
-            + "\n".join(["", *skip_lines(skipped, "files cannot be used"), *notices])
-        )
+        ]
+        raise DataError("\n".join([*lines, *skip_lines(skipped, "cannot be used"), *notices]))
     paged = [name for name, path in files.values() if has_pages(path)]
     notices += [pages_notice(paged)] * bool(paged)
     short = {name: _safe_name(name.removesuffix(Path(name).suffix)) for name, _ in files.values()}
@@ -140,8 +137,8 @@ def process_images(
 ) -> ImageResults:
     """Write the outputs of every image and an index of them; an image that fails is left out.
 
-    ``make`` writes the outputs of an image, given its name and file, and returns its findings. Only
-    outputs of earlier calls for the same images are replaced; ArtefactError if others would be.
+    ``make`` writes the outputs of an image and returns its findings. ArtefactError if files would
+    be replaced that are no outputs of earlier calls for the same images.
     """
     images, path = dict(files.images), output / kind.index
     earlier = read_index(path, kind.command) or {"images": {}}
@@ -195,8 +192,7 @@ def _outputs_by_image(
     for folder in OUTPUT_FOLDERS:
         for path in sorted((output / folder).rglob("*")):
             relative = path.relative_to(output).as_posix()
-            match = next(filter(None, (form.fullmatch(relative) for form in forms)), None)
-            if match is not None:
+            for match in filter(None, (form.fullmatch(relative) for form in forms)):
                 outputs[match["name"]].append(path)
     return outputs
 

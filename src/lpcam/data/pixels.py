@@ -24,6 +24,8 @@ from lpcam.data.images import (
     FEW_LEVELS,
     Header,
     Reading,
+    Span,
+    Values,
     distinct,
     is_squeezed,
     load_values,
@@ -46,6 +48,8 @@ AGREEMENT = 0.5  #: Share of the classes shown below which labels and masks disa
 EXPLAINED = 0.9  #: Share from which on an order explains masks, or palettes are right.
 RANGES = ((0, 1), (0, 255), (0, 1023), (0, 4095), (0, 16383), (0, 65535))
 TAILS = (0.1, 99.9)
+Headers = Mapping[str, Header]
+Labelled = Mapping[str, frozenset[int]]  # values in masks of labelled images
 T = TypeVar("T")
 R = TypeVar("R")
 _PIXELS_OF_EACH = 20_000  # of an image, for percentiles
@@ -56,10 +60,7 @@ _COLOUR_LINES = (  # name:r,g,b:: of CVAT and name,r,g,b of CSV files, r g b nam
 
 
 def given_reading(
-    dataset: Dataset,
-    range: tuple[float, float] | None = None,
-    orientation: Any = None,
-    palette: Path | None = None,
+    dataset: Dataset, range: Span = None, orientation: Any = None, palette: Path | None = None
 ) -> Dataset:
     """The data set with what the user says of its pixels; DataError if that cannot be."""
     if range is not None and not range[0] < range[1]:
@@ -76,21 +77,19 @@ def read_palette(path: Path, dataset: Dataset) -> tuple[tuple[int, int], ...]:
     how = "Write lines such as cow:64,128,0:: (CVAT's labelmap.txt)."
     text = read_text(path, how)
     try:
+        lines = [line.strip() for line in text.splitlines()]
+        found = [re.fullmatch(form, line) for line in lines for form in _COLOUR_LINES]
+        pairs = [(m["name"], re.findall(r"\d+", m["rgb"])) for m in found if m is not None]
         if path.suffix.lower() == ".json":
-            pairs = list(json.loads(text).items())
-        else:
-            lines = [line.strip() for line in text.splitlines()]
-            found = [re.fullmatch(form, line) for line in lines for form in _COLOUR_LINES]
-            pairs = [(m["name"], re.findall(r"\d+", m["rgb"])) for m in found if m is not None]
+            pairs = [*json.loads(text).items()]
         colours = {normal_name(name): int.from_bytes(map(int, rgb)) for name, rgb in pairs}
     except (AttributeError, TypeError, ValueError) as error:
         raise DataError(f"{path} names no colours ({error}). {how}") from error
     values = dict(zip(dataset.classes.names, dataset.classes.mask_ids, strict=True))
-    if lacking := [name for name in values if name not in colours]:
-        raise DataError(
-            f"{path} names no colour of {lacking[0]!r}{nearest_name(lacking[0], colours)}; add "
-            f"one. It names {shortened([*colours]) or 'nothing'}"
-        )
+    for name in (name for name in values if name not in colours):
+        named = shortened([*colours]) or "nothing"
+        near = nearest_name(name, colours)
+        raise DataError(f"{path} names no colour of {name!r}{near}; add one. It names {named}")
     if len(set(colours.values())) < len(colours):
         raise DataError(f"{path} has one colour for several names; give each its own")
     empty = [name for name in colours if shows_nothing(name) == "background"]
@@ -138,12 +137,9 @@ def refuse_ruin(findings: Iterable[Finding], *, anyway: bool) -> None:
 
 
 def key_of(dataset: Dataset) -> str:
-    """Digest of what the measurements depend on but the range; contents count by size and time.
-
-    The number is that of the measurements' version.
-    """
-    reading = dataset.reading
-    parts: list[Any] = [2, reading.orientation, reading.palette, dataset.classes.mask_ids]
+    """Digest of what the measurements depend on but the range; contents count by size and time."""
+    version, reading = 2, dataset.reading
+    parts: list[Any] = [version, reading.orientation, reading.palette, dataset.classes.mask_ids]
     for item in dataset.items.values():
         for path in filter(None, (item.image, item.mask)):
             with contextlib.suppress(OSError):
@@ -155,11 +151,7 @@ def key_of(dataset: Dataset) -> str:
 def measure(
     dataset: Dataset, truth: Mapping[str, TrueMask] | None = None, workers: int = 1
 ) -> tuple[Dataset, dict[str, Header], list[Finding]]:
-    """Read all headers, and the pixels of a sample of the images.
-
-    ``truth`` are true masks that are no files. Returned are the data set with its range, the
-    headers of its masks, and what was found.
-    """
+    """The data set with its range, the headers of its masks, and what headers and a sample tell."""
     items = dataset.items
     of_images = _each(lambda item: read_header(item.image), items, workers)
     masked = {name: item.mask for name, item in items.items() if item.mask is not None}
@@ -207,7 +199,7 @@ def _sample(items: Sequence[Item], headers: Mapping[str, Header]) -> dict[str, I
     return chosen
 
 
-def _values(item: Item) -> NDArray[Any] | None:
+def _values(item: Item) -> Values | None:
     """Some finite values of an image with its lowest and highest; None without any."""
     image, values = load_values(item.image, item.image, reading=item.reading)
     flat = (to_rgb(image) if values is None else values).ravel()
@@ -216,7 +208,7 @@ def _values(item: Item) -> NDArray[Any] | None:
     return np.append(some, [flat.min(), flat.max()]).astype(flat.dtype) if flat.size else None
 
 
-def _measured_range(values: Sequence[NDArray[Any]]) -> tuple[float, float] | None:
+def _measured_range(values: Sequence[Values]) -> Span:
     """One range for all images with more than 8 bits; None without any."""
     if not values:
         return None
@@ -230,12 +222,10 @@ def _measured_range(values: Sequence[NDArray[Any]]) -> tuple[float, float] | Non
     return float(f"{low:.6g}"), float(f"{high if high > low else low + 1:.6g}")
 
 
-def _dark(
-    values: Mapping[str, NDArray[Any]], deep: Mapping[str, NDArray[Any]]
-) -> Iterator[Finding]:
+def _dark(values: Mapping[str, Values], deep: Mapping[str, Values]) -> Iterator[Finding]:
     """Images of one colour, and images of 8 bits that use the lowest values alone."""
     everything = {**values, **deep}
-    plain = [name for name, v in everything.items() if distinct(v) == 1]
+    plain = [name for name, v in everything.items() if v.min() == v.max()]
     if len(plain) >= FEWEST and len(plain) > len(everything) / 2:
         yield Finding(
             "one colour",
@@ -257,10 +247,7 @@ def _dark(
 
 
 def _range_findings(
-    dataset: Dataset,
-    deep: int,
-    values: Mapping[str, NDArray[Any]],
-    span: tuple[float, float] | None,
+    dataset: Dataset, deep: int, values: Mapping[str, Values], span: Span
 ) -> Iterator[Finding]:
     """What becomes of values with more than 8 bits, of which a range may leave few grey levels."""
     if span is None:
@@ -277,8 +264,8 @@ def _range_findings(
         yield Finding(
             "range",
             f"{count_of(len(squeezed), 'image')} of {len(values)} looked at left with fewer than "
-            f"{FEW_LEVELS} grey levels, because {text}; they have {has}. Give one range that suits "
-            "all images: --range LOW,HIGH",
+            f"{FEW_LEVELS} grey levels, because {text}; they have {has}. Give one for all images: "
+            "--range LOW,HIGH",
             tuple(squeezed),
             ruins=len(squeezed) > SQUEEZED * len(values),
         )
@@ -294,10 +281,7 @@ def _range_findings(
 
 
 def _orientation(
-    dataset: Dataset,
-    of_images: Mapping[str, Header],
-    of_masks: Mapping[str, Header],
-    truth: Mapping[str, TrueMask],
+    dataset: Dataset, of_images: Headers, of_masks: Headers, truth: Mapping[str, TrueMask]
 ) -> Iterator[Finding]:
     """Images with an EXIF orientation and masks that may be of the stored image."""
     if dataset.reading.orientation is not None:
@@ -310,21 +294,21 @@ def _orientation(
     fits = defaultdict[tuple[bool, bool], list[str]](list)
     for name, size in sizes.items():
         fits[size == of_images[name].upright, size == of_images[name].size].append(name)
-    both, upright, stored = fits[True, True], fits[True, False], fits[False, True]
+    both, stored = fits[True, True], fits[False, True]
     if both or stored:
         yield Finding(
             "orientation",
             f"{count_of(len(both + stored), 'image')} with an EXIF orientation, whose masks fit "
-            f"the image as it is stored: {len(both)} fit the upright image too, {len(stored)} do "
-            f"not ({len(upright)} more fit the upright one alone). Say which pixels the masks are "
-            "of: --orientation stored (EXIF is then ignored), or --orientation upright",
+            f"the stored image: {len(both)} fit the upright one too, {len(stored)} do not "
+            f"({len(fits[True, False])} more fit the upright one alone). Say which pixels the "
+            "masks are of: --orientation stored (EXIF is then ignored), or --orientation upright",
             tuple(both + stored),
             ruins=True,
         )
 
 
 def mask_findings(
-    dataset: Dataset, of_masks: Mapping[str, Header], looks: Mapping[str, MaskLook]
+    dataset: Dataset, of_masks: Headers, looks: Mapping[str, MaskLook]
 ) -> Iterator[Finding]:
     """Findings about all true masks together, by the contents of some or all of their files."""
     table = dataset.classes
@@ -343,9 +327,8 @@ def mask_findings(
     if enough and len(between) > sum(map(bool, objects.values())) / 2:
         yield Finding(
             "mask edges",
-            f"{count_of(len(between), 'mask')} of {len(looks)} with values in thin lines alone, "
-            "between those of objects: they were resized with interpolation; make them again from "
-            "their source, to the nearest pixel",
+            f"{count_of(len(between), 'mask')} of {len(looks)} with values in thin lines alone: "
+            "they were resized with interpolation; make them again, to the nearest pixel",
             tuple(between),
             ruins=True,
         )
@@ -354,9 +337,7 @@ def mask_findings(
     yield from () if dataset.reading.palette else _palette_finding(of_masks, looks, shared)
 
 
-def _agreement(
-    dataset: Dataset, labelled: Mapping[str, frozenset[int]], ids: Sequence[int]
-) -> float:
+def _agreement(dataset: Dataset, labelled: Labelled, ids: Sequence[int]) -> float:
     """Share of the pairs of an image and a class that labels and masks, of these ids, both show."""
     said = {(name, index) for name in labelled for index in dataset.items[name].labels}
     pairs = ((name, index) for name in labelled for index in range(len(ids)))
@@ -364,9 +345,7 @@ def _agreement(
     return len(said & shown) / len(said | shown) if said else 1.0
 
 
-def _disagreement(
-    dataset: Dataset, labelled: Mapping[str, frozenset[int]], shared: float
-) -> Iterator[Finding]:
+def _disagreement(dataset: Dataset, labelled: Labelled, shared: float) -> Iterator[Finding]:
     """Masks of other classes than the labels, and an order of the classes that explains them."""
     table, drawn, counts = dataset.classes, list[int](), list[int]()
     by_value = {v: {n for n, values in labelled.items() if v in values} for v in range(IGNORE)}
@@ -396,7 +375,7 @@ def _disagreement(
 
 
 def _palette_finding(
-    of_masks: Mapping[str, Header], looks: Mapping[str, MaskLook], shared: float
+    of_masks: Headers, looks: Mapping[str, MaskLook], shared: float
 ) -> Iterator[Finding]:
     """Palette masks in which an index has different colours, as adaptive palettes have."""
     colours = defaultdict[int, dict[bytes, str]](dict)

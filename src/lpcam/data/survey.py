@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -94,25 +95,19 @@ class Survey:
         names = self.classes.names
         lists = [asdict(one) for one in self.lists]
         counts = {one["name"]: one.pop("classes") for one in lists}
+        columns = zip(names, self.classes.mask_ids, self.whole.classes, self.alone, strict=True)
         return {
             "format": 1,
             "name": self.name,
             "label_source": self.label_source,
-            "images": self.whole.images,
-            "labelled": self.whole.labelled,
-            "masks": self.whole.masks,
+            **{key: getattr(self.whole, key) for key in ("images", "labelled", "masks")},
             "suffixes": dict(self.suffixes),
             "sizes": {name: {"height": h, "width": w} for name, (h, w) in self.sizes.items()},
             "lists": lists,
             "classes": [
-                {
-                    "name": name,
-                    "mask_id": self.classes.mask_ids[row],
-                    "images": self.whole.classes[row],
-                    "alone": self.alone[row],
-                    "lists": {of: count[row] for of, count in counts.items()},
-                }
-                for row, name in enumerate(names)
+                {"name": name, "mask_id": mask_id, "images": images, "alone": alone}
+                | {"lists": {of: count[row] for of, count in counts.items()}}
+                for row, (name, mask_id, images, alone) in enumerate(columns)
             ],
             "co_occurrence": {
                 name: dict(zip(names, row, strict=True))
@@ -129,10 +124,8 @@ class Survey:
 
     def summary(self, width: int = 100) -> str:
         """The survey as text in at most ``width`` columns, with long lists cut short."""
-        kinds = ", ".join(
-            suffix if len(self.suffixes) == 1 else f"{count:,} {suffix}"
-            for suffix, count in self.suffixes.items()
-        )
+        several = len(self.suffixes) > 1
+        kinds = ", ".join(f"{n:,} " * several + suffix for suffix, n in self.suffixes.items())
         sizes = {name: f"{height} × {across}" for name, (height, across) in self.sizes.items()}
         lines = _wrapped(
             f"{self.name}: {count_of(self.whole.images, 'image')} ({kinds}), "
@@ -148,9 +141,8 @@ class Survey:
         for title, attention in (("Needs attention", True), ("Good to know", False)):
             findings = [f for f in self.findings if f.attention == attention]
             lines += [title] * bool(findings)
-            for finding in findings:
-                stops = "A run would stop: " * finding.ruins
-                lines += _wrapped(f"{stops}{finding}", width, "- ")
+            for one in findings:
+                lines += _wrapped(f"{'A run would stop: ' * one.ruins}{one}", width, "- ")
         if not self.problems:
             lines.append("Nothing needs attention.")
         return "\n".join(lines)
@@ -169,21 +161,17 @@ class Survey:
         shown: dict[tuple[int, ...], ListCounts] = {}  # those with counts of their own
         for one in (self.whole, *self.lists):
             shown.setdefault(one.classes, one)
-        columns = list(shown.values())[: 1 + _MOST_LISTS]
+        columns, names = list(shown.values())[: 1 + _MOST_LISTS], self.classes.names
 
         def row(index: int, name: str) -> list[str]:
-            pairs = sorted((-n, other) for other, n in enumerate(self.together[index].tolist()))
-            companions = [
-                f"{self.classes.names[other]} {-100 * n / self.whole.classes[index]:.0f} %"
-                for n, other in pairs
-                if n and other != index
-            ]
+            beside = Counter(dict(zip(names, self.together[index].tolist(), strict=True)))
+            images, pairs = beside.pop(name), beside.most_common(_COMPANIONS)
+            most = [f"{other} {100 * n / images:.0f} %" for other, n in pairs if n]
             counts = [f"{one.classes[index]:,}" for one in columns]
-            return [name, *counts, f"{self.alone[index]}", ", ".join(companions[:_COMPANIONS])]
+            return [name, *counts, f"{self.alone[index]}", ", ".join(most)]
 
-        classes, half = list(enumerate(self.classes.names)), _MOST_CLASSES // 2
-        many = len(classes) > _MOST_CLASSES
-        if many:
+        classes, half = list(enumerate(names)), _MOST_CLASSES // 2
+        if many := len(classes) > _MOST_CLASSES:
             classes.sort(key=lambda one: -self.whole.classes[one[0]])
         rows = [row(*one) for one in classes]
         if many:
@@ -193,18 +181,15 @@ class Survey:
 
 
 def _how(estimate: Estimate) -> str:
-    text = (
+    lists = ", ".join(estimate.repeated)
+    again = f" The features of {lists} do not fit into memory and are counted for each stage."
+    return (
         f"Time and disk of a run on a list: {count_of(estimate.timed, 'image')} timed here with "
         f"{estimate.backbone}, scales {', '.join(f'{s:g}' for s in estimate.scales)}"
-        f"{' and flip' if estimate.flip else ''}, {count_of(estimate.workers, 'worker')} on "
+        f"{' and flip' * estimate.flip}, {count_of(estimate.workers, 'worker')} on "
         f"{estimate.device}; without start, fit, clustering, evaluation and report."
+        f"{again * bool(lists)}"
     )
-    if estimate.repeated:
-        text += (
-            f" The features of {', '.join(estimate.repeated)} do not fit into memory and are "
-            "counted for each stage."
-        )
-    return text
 
 
 def _duration(seconds: float) -> str:

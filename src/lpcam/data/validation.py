@@ -31,9 +31,7 @@ def check_images(
     Files of the same size and time as in ``known`` records are not read again; ``save`` is called
     every `SAVE_SECONDS` with the records so far. DataError if a mask or no image can be used.
     """
-    known = known or {}
-    records: dict[str, dict[str, Any]] = {}
-    skipped: list[Skip] = []
+    known, records, skipped = known or {}, dict[str, dict[str, Any]](), list[Skip]()
     next_save = time.monotonic() + SAVE_SECONDS
 
     def check(item: Item) -> dict[str, Any] | ImageError:
