@@ -106,6 +106,7 @@ class MaskLook:
 
     @classmethod
     def of(cls, mask: NDArray[np.uint8]) -> MaskLook:
+        """The look of one mask (H, W)."""
         values = frozenset(np.flatnonzero(np.bincount(mask.ravel(), minlength=256)).tolist())
         objects = values - {BACKGROUND, IGNORE}
         if min(mask.shape) < 16 or len(objects) < 2:
