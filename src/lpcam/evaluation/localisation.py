@@ -21,10 +21,8 @@ from lpcam.data.dataset import IGNORE
 from lpcam.method.objects import component_boxes
 from lpcam.runtime.errors import DataError
 
-MAP_THRESHOLDS = tuple(step / 100 for step in range(100))
-"""Thresholds of a map for boxes: 0.00, 0.01, ..., 0.99. Choe et al. use 1000."""
-PIXEL_THRESHOLDS = tuple(step / 1000 for step in range(1001))
-"""Thresholds of a map for pixels: 0.000, 0.001, ..., 1.000."""
+MAP_THRESHOLDS = tuple(step / 100 for step in range(100))  #: For boxes; Choe et al. use 1000.
+PIXEL_THRESHOLDS = tuple(step / 1000 for step in range(1001))  #: For pixels.
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)  #: IoU thresholds of MaxBoxAccV2.
 TOLERANCE = 15.0  #: Tolerance of the pointing game, in pixels.
 ROUNDING = 1e-5  #: Resized maps may leave [0, 1] by this much; they are clipped.

@@ -17,8 +17,7 @@ from torch import Tensor
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable
 from lpcam.runtime.errors import DataError
 
-DEFAULT_THRESHOLDS = tuple(step / 100 for step in range(100))
-"""Thresholds of a sweep: 0.00, 0.01, ..., 0.99."""
+DEFAULT_THRESHOLDS = tuple(step / 100 for step in range(100))  #: Of a sweep.
 
 
 def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tensor:

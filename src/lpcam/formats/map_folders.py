@@ -50,8 +50,7 @@ def read_foreign_maps(
     Args:
         size: (H, W) of the image; required where a file without a class has no size.
         style: a name of `MAP_FORMATS`; "auto" finds it from the contents.
-        classes: a key k becomes the label index of the class with mask value k + 1, any other is
-            refused. None: keys are not changed.
+        classes: a key k becomes the label index of mask value k + 1. None: keys are not changed.
     """
     named = None if style == AUTO else MAP_FORMATS[style]
     data = read_bytes(path)
@@ -114,9 +113,8 @@ def write_foreign_maps(
 
     Args:
         background: score of the background in every pixel, for the styles that have one (amn,
-            psa-crf), such as the threshold of the seeds; DataError if missing or superfluous.
-        classes: classes whose label indices are the keys of the maps; each becomes its mask value
-            minus 1. None: keys are not changed.
+            psa-crf); DataError if missing or superfluous.
+        classes: a key, its label index, becomes its mask value - 1. None: keys are not changed.
     """
     _check_background(style, background)
     plane = None
@@ -180,8 +178,7 @@ def import_maps(
         sizes: (H, W) by id, checked against the files.
         style, classes: as in `read_foreign_maps`, for all files.
         chosen: names of some of ``classes``, in label order; maps of others are dropped.
-        no_file_no_class: an image of ``ids`` without a file has no class (MCTformer's convention;
-            ``sizes`` must have its size), instead of being left out.
+        no_file_no_class: an image of ``ids`` without a file has no class, as in MCTformer.
         normalise: divide each map by its maximum, as IRN does.
 
     Raises:
@@ -288,8 +285,7 @@ def export_maps(
     """Export map files of this package, ``source/ID.npz``, as ``output/ID.npy`` of another style.
 
     Args:
-        style, classes, background: as in `write_foreign_maps`. Classes are also written to
-            `CLASSES_FILE` beside the maps.
+        style, classes, background: as in `write_foreign_maps`; classes also go to `CLASSES_FILE`.
         bare_digits: name files of COCO by their 12 digits alone, as AMN does.
 
     Raises:

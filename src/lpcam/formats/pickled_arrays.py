@@ -42,11 +42,10 @@ _INSTRUCTIONS = (
 def read_pickled_arrays(data: bytes, *, what: str) -> Any:
     """Read a ``.npy`` file or a plain pickle of numbers, text, containers and arrays.
 
-    Reads protocols 0 to 5, of Python 2 and 3, NumPy 1 and 2, with arrays of booleans, integers and
-    floats. A torch tensor becomes an array (bfloat16 becomes float32), a NumPy scalar a number, an
-    object array of shape () its element, an OrderedDict a dict. Arrays are in native byte order;
-    they may be read-only and share memory. ArtefactError, which names the file as ``what``, if it
-    is damaged, holds anything else, or claims too much memory.
+    A torch tensor becomes an array (bfloat16 becomes float32), a NumPy scalar a number, an object
+    array of shape () its element, an OrderedDict a dict. Arrays may be read-only and share memory.
+    ArtefactError, which names the file as ``what``, if it is damaged, holds anything else, or
+    claims too much memory.
     """
     try:
         return _read(data)

@@ -6,7 +6,6 @@ added to that list is removed while a file is read. Crafted files got past it in
 (CVE-2025-32434) and before 2.10 (CVE-2026-24747); this package requires a newer one. Such a parser
 may have further flaws: convert files of unknown origin where nothing can be lost.
 
-NumPy's arrays and scalars are rebuilt by the stand-ins of :mod:`lpcam.formats.pickled_arrays`.
 Neither the unpacked archive nor all tensors together may be larger than four times the file.
 """
 
@@ -65,13 +64,11 @@ def convert_weights(
         source: written by torch.save, in its present or older layout: names and tensors, or a
             dictionary with those under one of `WRAPPERS`; or safetensors.
         target: the ``.safetensors`` file, written after everything succeeded.
-        prefix: convert only tensors whose names start with it, and remove it, e.g. ``"backbone."``,
-            as the file spells it or without the ``"module."`` and ``"_orig_mod."`` of parallel
-            training and compilation, which are removed from all names.
+        prefix: convert only tensors whose names start with it, and remove it, with or without the
+            ``"module."`` and ``"_orig_mod."`` of wrappers, which are removed from all names.
         kinds: released files to recognise; their network is written, for a recipe's ``trained``.
         classes: names of the classes of a recognised network (default: by `KNOWN_CLASSES`).
-        onto: converted classifier whose head a file with nothing but ``classifier.weight``, as
-            ReCAM's second classifier, replaces.
+        onto: converted classifier whose head a file of ReCAM's second classifier replaces.
 
     Raises:
         ArtefactError: if the source is damaged, asks for anything but tensors and plain containers,

@@ -1,7 +1,7 @@
 """Training data of a segmenter: checked masks, random scale, crop, mirror image and colours.
 
-Specification of segmentation, sections 1 to 3. What happens to an image depends on the seed, the
-epoch and the image alone; a scale of a whole batch on the seed and the step.
+What happens to an image depends on the seed, the epoch and the image alone; a scale of a whole
+batch on the seed and the step (specification of segmentation, sections 1 to 3).
 """
 
 from __future__ import annotations
@@ -166,15 +166,10 @@ def make_sample(
     item, path = pairs[place.sample]
     image, mask = item.read(), item.read_mask(path)
     _check_size(item, path, image.shape[:2], mask)
-    together = settings.scale_of == "batch"
-    return augment(
-        image,
-        truth_labels(mask, classes).numpy(),
-        preprocessing,
-        settings,
-        np.random.default_rng([seed, place.epoch, place.sample]),
-        scale=_batch_scale(settings, seed, place.step) if together else None,
-    )
+    scale = _batch_scale(settings, seed, place.step) if settings.scale_of == "batch" else None
+    labels = truth_labels(mask, classes).numpy()
+    generator = np.random.default_rng([seed, place.epoch, place.sample])
+    return augment(image, labels, preprocessing, settings, generator, scale=scale)
 
 
 @dataclass(frozen=True)

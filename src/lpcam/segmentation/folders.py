@@ -85,8 +85,9 @@ def segment_files(
             finite, or a file that is not an earlier call's would be replaced.
     """
     files = find_images(sources, output)
+    classes = segmenter.classes
     made = {
-        "classes": dict(zip(segmenter.classes.names, segmenter.classes.mask_ids, strict=True)),
+        "classes": dict(zip(classes.names, classes.mask_ids, strict=True)),
         "settings": settings.model_dump(mode="json"),
         "changed_from_preset": sorted(settings.changes()),
         "maximum_side": maximum_side,
@@ -110,15 +111,14 @@ def segment_files(
                     f"cannot segment image {path}: {error}; or lower the longest side of images"
                 ) from error
         labels = predict.labels(scores).cpu()
-        small = predict.label_mask(labels, segmenter.classes)
-        mask = predict.label_mask(enlarge_labels(labels, image.shape[:2]), segmenter.classes)
+        small = predict.label_mask(labels, classes)
+        mask = predict.label_mask(enlarge_labels(labels, image.shape[:2]), classes)
         files = {"mask": f"masks/{name}.png", "overlay": f"overlays/{name}.png"}
         write_mask(output / files["mask"], mask)
         write_bytes(output / files["overlay"], png_bytes(overlay_mask(seen, small)))
         if probabilities:
             files["probabilities"] = f"probabilities/{name}.npz"
-            path_of = output / files["probabilities"]
-            _write_probabilities(path_of, scores, segmenter.classes, made)
+            _write_probabilities(output / files["probabilities"], scores, classes, made)
         found = {
             "format": 1,
             "kind": KIND,
@@ -127,7 +127,7 @@ def segment_files(
             "height": image.shape[0],
             "segmented_width": seen.shape[1],
             "segmented_height": seen.shape[0],
-            "classes": _areas(mask, segmenter.classes),
+            "classes": _areas(mask, classes),
             "files": files,
             "made_by": {**made, "file": printable(path)},
         }
@@ -135,16 +135,8 @@ def segment_files(
         write_json(output / "found" / f"{name}.json", found)
         return found
 
-    return process_images(
-        files,
-        output,
-        make,
-        _PREDICTED,
-        made_by=made,
-        command=command,
-        workers=workers,
-        title="segmenting",
-    )
+    how: Any = {"made_by": made, "command": command, "workers": workers, "title": "segmenting"}
+    return process_images(files, output, make, _PREDICTED, **how)
 
 
 def _areas(mask: NDArray[np.uint8], classes: ClassTable) -> list[dict[str, Any]]:

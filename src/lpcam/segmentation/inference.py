@@ -25,8 +25,7 @@ from lpcam.segmentation.settings import SegmentTestSettings
 MINIMUM_SIDE = 32  #: Minimum side of a scaled image, in pixels; a shorter side is enlarged to it.
 WRAPPED_MEAN = (104.008, 116.669, 122.675)
 """Mean colour that the original DeepLabV2 program subtracts from images: blue, green, red."""
-CHUNK_BYTES = 2**26
-"""Size of the label planes that are enlarged together. COCO's 81 at 12 megapixels are 3.9 GB."""
+CHUNK_BYTES = 2**26  #: Size of the planes that are enlarged together; COCO's can be 3.9 GB.
 
 
 @torch.no_grad()
@@ -35,7 +34,7 @@ def probabilities(
 ) -> Tensor:
     """Probabilities of the labels at every pixel of an image.
 
-    Every scale and mirror image is segmented alone. Logits are enlarged to the image (bilinear,
+    Logits are enlarged to the image (bilinear,
     align_corners False). ``mean_logits`` takes the softmax of their mean, ``mean_probabilities``
     and ``max_probabilities`` the mean and the maximum of their softmaxes, which then do not sum to
     one.
@@ -97,14 +96,11 @@ def probabilities(
 
 def sides(size: tuple[int, int], scale: float, settings: SegmentTestSettings) -> tuple[int, int]:
     """Size (height, width) at which an image is segmented, at least `MINIMUM_SIDE` each."""
-    factor = scale
     if settings.resize is not None:
         longest, shortest = settings.resize
-        factor *= min(longest / max(size), shortest / min(size))
-    if settings.sides == "rounded":
-        height, width = scaled_size(*size, factor)
-    else:
-        height, width = (int(side * factor) for side in size)
+        scale *= min(longest / max(size), shortest / min(size))
+    cut = int(size[0] * scale), int(size[1] * scale)
+    height, width = scaled_size(*size, scale) if settings.sides == "rounded" else cut
     return max(MINIMUM_SIDE, height), max(MINIMUM_SIDE, width)
 
 

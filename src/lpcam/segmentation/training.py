@@ -54,10 +54,8 @@ def plan_of(settings: SegmenterSettings, count: int, validations: int = 0) -> en
             factor *= low + (1.0 - low) * step / settings.warmup
         return factor
 
-    record = max(1, steps // max(RECORDS, validations))
-    return engine.Plan(
-        steps, batch, record, rate, settings.accumulation, max(1, steps // CHECKPOINTS)
-    )
+    record, save = max(1, steps // max(RECORDS, validations)), max(1, steps // CHECKPOINTS)
+    return engine.Plan(steps, batch, record, rate, settings.accumulation, save)
 
 
 def optimizer_of(

@@ -23,16 +23,14 @@ class SegmenterSpec:
     network: str  #: Name of a network in ``NETWORKS``.
     backbone: str  #: ``resnet101_caffe`` or a timm name; ``wideresnet38``; a size of Swin.
     arguments: Mapping[str, Any]  #: Further arguments of the backbone.
-    output_stride: int | None = None
-    """Output stride of a timm backbone; None keeps the model's own."""
+    output_stride: int | None = None  #: Of a timm backbone; None keeps the model's own.
     pyramid: tuple[float, ...] = ()  #: Further scales of DeepLabV2.
 
 
 class First(TypedDict, total=False):
     """Arguments for the initial weights of a network."""
 
-    weights: Required[str | Path]
-    """Weights of the backbone: ``"pretrained"``, ``"random"``, or a safetensors file."""
+    weights: Required[str | Path]  #: ``"pretrained"``, ``"random"``, or a safetensors file.
     mean: Sequence[float] | None  #: Mean of RGB in [0, 1]; None: the network's own.
     std: Sequence[float] | None  #: Standard deviation of RGB in [0, 1]; None: the network's own.
     seed: int  #: Random seed of the head and of random weights.

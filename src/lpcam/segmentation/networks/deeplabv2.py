@@ -1,7 +1,6 @@
 """DeepLabV2: four dilated convolutions, summed, on a backbone (specification of segmentation, 1).
 
-Caffe's ResNet-101 has the parameter names of the field's public weights files. The same head works
-on any timm backbone that :mod:`lpcam.classifiers.classifier` takes.
+Caffe's ResNet-101 has the parameter names of the field's public weights files.
 """
 
 from __future__ import annotations

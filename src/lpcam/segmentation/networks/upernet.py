@@ -1,8 +1,7 @@
 """UperNet on a Swin transformer, of the library transformers (specification of segmentation, 3).
 
-Swin and both heads are those of transformers, which is imported when a network is built. Added
-here, as in the official configuration: dropout before both classifiers, stochastic depth on both
-paths of a block, and the initial weights of the heads.
+Added to transformers' Swin and heads, as in the official configuration: dropout before both
+classifiers, stochastic depth on both paths of a block, and the initial weights of the heads.
 """
 
 from __future__ import annotations

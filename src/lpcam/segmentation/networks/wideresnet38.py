@@ -1,7 +1,4 @@
-"""WideResNet-38 with a large field of view (specification of segmentation, section 2).
-
-The backbone is :class:`lpcam.classifiers.wideresnet38.WideResNet38`, which classifiers use as well.
-"""
+"""WideResNet-38 with a large field of view (specification of segmentation, section 2)."""
 
 from __future__ import annotations
 
