@@ -132,7 +132,6 @@ for _core in ("core", "_core"):  # NumPy 1 and 2 write different modules
     NUMPY_STAND_INS[f"numpy.{_core}.multiarray.scalar"] = lambda dtype, content: _array(
         content, dtype, (), "C"
     ).item()
-"""Stand-ins for NumPy's functions, by the names that pickles give them."""
 
 
 def _tensor(storage: Any, offset: Any, size: Any, stride: Any, *grad_and_hooks: Any) -> Tensor:

@@ -56,9 +56,7 @@ def convert_weights(
     classes: Sequence[str] | None = None,
     onto: Path | None = None,
 ) -> str:
-    """Convert a pickled state dict to a safetensors file, without running code of the file.
-
-    Returns what was done, one line a fact.
+    """Convert a pickled state dict to safetensors, without running code; what was done, in lines.
 
     Args:
         source: written by torch.save, in its present or older layout: names and tensors, or a

@@ -177,16 +177,16 @@ def check_batch(
     part = engine.smallest_part(plan_of(settings, count), count, processes, "segment.training")
     if not _trains_batch_norms(segmenter.network):
         return
-    trains = f"{type(segmenter.network).__name__} trains batch norms"
+    name = type(segmenter.network).__name__
     if processes.count > 1 and segmenter.device.type != "cuda":
         raise ClassifierError(
-            f"{trains}, whose statistics several processes can share on GPUs alone; train it in "
-            "one process on a CPU"
+            f"{name} trains batch norms, whose statistics several processes can share on GPUs "
+            "alone; train it in one process on a CPU"
         )
     if part < 2:
         raise ClassifierError(
-            f"{trains}, which need two images at a time, but a forward pass has {part}; raise "
-            "segment.training.batch_size or give more images"
+            f"{name} trains batch norms, which need two images at a time, but a forward pass has "
+            f"{part}; raise segment.training.batch_size or give more images"
         )
 
 

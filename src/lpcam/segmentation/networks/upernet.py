@@ -242,7 +242,6 @@ def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
-    """The tensors of a Swin on the hub or in a folder."""
     try:
         model, report = transformers.SwinModel.from_pretrained(
             checkpoint, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
@@ -261,7 +260,6 @@ def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
 
 
 def _load(backbone: Any, found: Mapping[str, Tensor], name: str) -> None:
-    """Load the tensors of a Swin into a backbone, except the norms behind its stages."""
     kept = {k: v for k, v in backbone.swin.state_dict().items() if _LEFT_OUT.search(k)}
     advice = "check the size and the arguments"
     load_fitting(backbone.swin, kept | convert_names(found), name, "this Swin", advice)
