@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -17,65 +17,42 @@ HEADS = ("fc8", "fc1", "fc2")
 
 
 class _Block(nn.Module):
-    """Pre-activation block: a branch of convolutions, and a shortcut.
+    """Pre-activation block: batch norms, ReLUs and convolutions in turn, and a shortcut.
 
-    The shortcut is the input, or a 1 x 1 convolution of the *activated* input if shapes differ.
+    The shortcut is the input, or a 1 x 1 convolution of the *activated* input if shapes differ or
+    there are three convolutions.
+    ``layers`` are channels, kernel, stride and dilation of each convolution.
     """
 
-    bn_branch2a: nn.BatchNorm2d
-    conv_branch1: nn.Conv2d | None
-    branch: Callable[[Tensor], Tensor]
+    def __init__(
+        self, before: int, layers: Sequence[tuple[int, int, int, int]], dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.names = ("2a", "2b1", "2b2")[: len(layers)]
+        stride, own = layers[0][2], before
+        for name, (after, *shape) in zip(self.names, layers, strict=True):
+            self.add_module(f"bn_branch{name}", nn.BatchNorm2d(own))
+            if dropout and name != "2a":
+                self.add_module(f"dropout_{name}", nn.Dropout2d(dropout))
+            self.add_module(f"conv_branch{name}", _convolution(own, after, *shape))
+            own = after
+        same = before == own and stride == 1 and len(layers) == 2
+        self.conv_branch1 = None if same else _convolution(before, own, 1, stride)
 
     def activated(self, features: Tensor) -> Tensor:
         """The input after batch norm and ReLU, which affinity networks read."""
-        found: Tensor = self.bn_branch2a(features)
-        return found.relu()
+        return self._modules["bn_branch2a"](features).relu()  # type: ignore[no-any-return, misc]
 
     def forward(self, features: Tensor, activated: Tensor | None = None) -> Tensor:
         """(B, C, h, w) to (B, C', h', w'); ``activated`` may be given if already computed."""
-        active = self.activated(features) if activated is None else activated
-        shortcut: Tensor = features if self.conv_branch1 is None else self.conv_branch1(active)
-        return shortcut + self.branch(active)
-
-
-class _PlainBlock(_Block):
-    """Two 3 x 3 convolutions, each after batch norm and ReLU."""
-
-    def __init__(
-        self, before: int, middle: int, after: int, stride: int, dilations: tuple[int, int]
-    ) -> None:
-        super().__init__()
-        self.bn_branch2a = nn.BatchNorm2d(before)
-        self.conv_branch2a = _convolution(before, middle, 3, stride, dilations[0])
-        self.bn_branch2b1 = nn.BatchNorm2d(middle)
-        self.conv_branch2b1 = _convolution(middle, after, 3, 1, dilations[1])
-        same = before == after and stride == 1
-        self.conv_branch1 = None if same else _convolution(before, after, 1, stride)
-
-    def branch(self, active: Tensor) -> Tensor:
-        found: Tensor = self.bn_branch2b1(self.conv_branch2a(active)).relu()
-        return self.conv_branch2b1(found)  # type: ignore[no-any-return]
-
-
-class _BottleneckBlock(_Block):
-    """1 x 1, dilated 3 x 3 and 1 x 1 convolutions, the last two after channel dropout."""
-
-    def __init__(self, before: int, after: int, dilation: int, dropout: float) -> None:
-        super().__init__()
-        self.bn_branch2a = nn.BatchNorm2d(before)
-        self.conv_branch2a = _convolution(before, after // 4, 1)
-        self.bn_branch2b1 = nn.BatchNorm2d(after // 4)
-        self.dropout_2b1 = nn.Dropout2d(dropout)
-        self.conv_branch2b1 = _convolution(after // 4, after // 2, 3, 1, dilation)
-        self.bn_branch2b2 = nn.BatchNorm2d(after // 2)
-        self.dropout_2b2 = nn.Dropout2d(dropout)
-        self.conv_branch2b2 = _convolution(after // 2, after, 1)
-        self.conv_branch1 = _convolution(before, after, 1)
-
-    def branch(self, active: Tensor) -> Tensor:
-        found = self.bn_branch2b1(self.conv_branch2a(active)).relu()
-        found = self.conv_branch2b1(self.dropout_2b1(found))
-        return self.conv_branch2b2(self.dropout_2b2(self.bn_branch2b2(found).relu()))  # type: ignore[no-any-return]
+        found = self.activated(features) if activated is None else activated
+        shortcut = features if self.conv_branch1 is None else self.conv_branch1(found)
+        for name in self.names:
+            if name != "2a":
+                found = getattr(self, f"bn_branch{name}")(found).relu()
+                found = getattr(self, f"dropout_{name}", nn.Identity())(found)
+            found = getattr(self, f"conv_branch{name}")(found)
+        return shortcut + found
 
 
 def _convolution(
@@ -133,19 +110,19 @@ class WideResNet38(nn.Module):
             for name in names:
                 first = name == names[0]
                 stride = 2 if first and number < 3 else 1
-                dilations = (1 if first else dilation, dilation)
-                self.add_module(name, _PlainBlock(before, middle, after, stride, dilations))
+                inner = (middle, 3, stride, 1 if first else dilation)
+                self.add_module(name, _Block(before, [inner, (after, 3, 1, dilation)]))
                 before = after
-        self.b6 = _BottleneckBlock(wide[3], wide[4], 4, 0.3)
-        self.b7 = _BottleneckBlock(wide[4], wide[5], 4, 0.5)
+        for name, after, dropout in (("b6", wide[4], 0.3), ("b7", wide[5], 0.5)):
+            layers = [(after // 4, 1, 1, 1), (after // 2, 3, 1, 4), (after, 1, 1, 1)]
+            self.add_module(name, _Block(before, layers, dropout))
+            before = after
         self.stages.append(["b6", "b7"])
         self.bn7 = nn.BatchNorm2d(wide[5])
+        places = ((0, 2, "b3"), (1, 4, "b4"), (2, 8, "b5"), (3, 8, "b6"), (5, 8, "bn7"))
         self.feature_info = [
-            {"num_chs": wide[0], "reduction": 2, "module": "b3"},
-            {"num_chs": wide[1], "reduction": 4, "module": "b4"},
-            {"num_chs": wide[2], "reduction": 8, "module": "b5"},
-            {"num_chs": wide[3], "reduction": 8, "module": "b6"},
-            {"num_chs": wide[5], "reduction": 8, "module": "bn7"},
+            {"num_chs": wide[index], "reduction": reduction, "module": name}
+            for index, reduction, name in places
         ]
         self.pretrained_cfg: dict[str, Any] = {
             "architecture": "wideresnet38",
