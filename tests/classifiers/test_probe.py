@@ -15,9 +15,10 @@ from lpcam.classifiers import probe
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.classifiers.linear import ProbeSettings, mean_average_precision
+from lpcam.data import dataset
 from lpcam.data.dataset import Item
 from lpcam.data.folder import read_folder
-from lpcam.data.images import read_image, resize_image
+from lpcam.data.images import Reading, read_image, resize_image
 from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 
@@ -139,14 +140,14 @@ def test_pooled_features_go_on_after_a_stop(
     assert len(list((tmp_path / "whole").iterdir())) == 3
     read: list[str] = []
 
-    def stops_at_the_seventh(path: Path) -> object:
+    def stops_at_the_seventh(path: Path, reading: Reading) -> object:
         read.append(path.stem)
         if len(read) == 7:
             raise KeyboardInterrupt
-        return read_image(path)
+        return read_image(path, reading)
 
     folder = tmp_path / "stopped"
-    monkeypatch.setattr(probe, "read_image", stops_at_the_seventh)
+    monkeypatch.setattr(dataset, "read_image", stops_at_the_seventh)
     with pytest.raises(KeyboardInterrupt):
         pooled("stopped")
     assert len(list(folder.iterdir())) == 1

@@ -36,13 +36,7 @@ TOLERANCE = 1e-4  #: Largest relative difference of logits that counts as roundi
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Per-channel mean and standard deviation of RGB in [0, 1].
-
-    Example:
-        >>> normalise = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
-        >>> normalise(np.zeros((2, 2, 3), np.uint8))[:, 0, 0]
-        tensor([-2., -2., -2.])
-    """
+    """Per-channel mean and standard deviation of RGB in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -157,8 +151,7 @@ class Classifier(FrozenStatistics, SavedNetwork):
         """
         twin = copy.deepcopy(self).eval()
         twin.spec = None
-        _fold_batch_norms(twin.backbone)
-        _pad_within(twin.backbone)
+        _fold(twin.backbone)
         image = self._blank()
         image[..., ::2, ::3] = 1.0
         # TensorFloat-32, which cuDNN takes where it can, rounds more coarsely than this test.
@@ -174,10 +167,8 @@ class Classifier(FrozenStatistics, SavedNetwork):
         return next(self.backbone.parameters(), torch.zeros(())).new_zeros(1, 3, *PROBE_SIZE)
 
     def _description(self) -> dict[str, Any]:
-        return {
-            **description(self.backbone, self.spec, self.preprocessing),
-            "classes": list(self.classes),
-        }
+        described = description(self.backbone, self.spec, self.preprocessing)
+        return {**described, "classes": list(self.classes)}
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Classifier:
@@ -222,20 +213,9 @@ def build(
 ) -> Classifier:
     """Build a classifier on a timm backbone, with a random head.
 
-    Args:
-        weights: ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of a
-            safetensors file of this architecture (with or without its classification head).
-        mean, std: normalisation of RGB in [0, 1]; default: those of timm's pretrained cfg.
-        seed: seed of the random head and of a random backbone.
-
-    Raises:
-        ClassifierError: if timm does not know the name or refuses an argument, if the weights
-            cannot be had, do not fit or hold NaN or Inf, or if the backbone has no spatial map.
-
-    Example:
-        >>> classifier = build(BackboneSpec("test_resnet", {}), ["cat", "dog"], weights="random")
-        >>> classifier(torch.zeros(1, 3, 64, 96)).shape
-        torch.Size([1, 2])
+    ``weights`` are ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of
+    a safetensors file of this architecture (with or without its classification head). What cannot
+    be had, does not fit, or has no spatial map is refused by a ClassifierError.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -407,8 +387,8 @@ def _load_weights(
     model.load_state_dict({k: v.to(own[k].dtype) for k, v in state.items()}, strict=True)
 
 
-def _fold_batch_norms(module: nn.Module) -> None:
-    """Fold each batch norm that follows a convolution among a module's children (in place)."""
+def _fold(module: nn.Module) -> None:
+    """Fold batch norms into convolutions that they follow, and padding into timm's "same" ones."""
     previous, before = "", nn.Module()
     for name, child in list(module.named_children()):
         if (
@@ -420,17 +400,11 @@ def _fold_batch_norms(module: nn.Module) -> None:
             # timm's batch norms drop and activate too
             rest = [getattr(child, part, nn.Identity()) for part in ("drop", "act")]
             setattr(module, name, nn.Sequential(*rest))
-        _fold_batch_norms(child)
+        _fold(child)
         previous, before = name, child
-
-
-def _pad_within(module: nn.Module) -> None:
-    """Let timm's "same" convolutions of a module leave padding to the convolution (in place)."""
     for name, child in list(module.named_children()):
         if type(child) is Conv2dSame:
             setattr(module, name, _SameConvolution(child))
-        else:
-            _pad_within(child)
 
 
 class _SameConvolution(nn.Module):

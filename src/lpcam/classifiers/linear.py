@@ -38,10 +38,6 @@ def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
 
     The average precision of a class is the mean, over its positive images, of the precision among
     the images that score at least as high. A class without positive images is not counted.
-
-    Example:
-        >>> mean_average_precision(torch.tensor([[2.0], [1.0]]), torch.tensor([[0], [1]]))
-        0.5
     """
     values = []
     for scored, present in zip(logits.T, labels.T > 0, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,6 @@ from lpcam.classifiers.probing import Probed, attempt
 from lpcam.classifiers.tracing import (
     MapLayer,
     Record,
-    evaluation_mode,
     logits_of,
     misshape,
     replaced,
@@ -116,26 +116,19 @@ class MapCheck:
         """
         if not isinstance(layer.layer, nn.Module):
             return True
-        count = 0
+        calls = count()
 
         def exchange(_module: nn.Module, _args: Any, output: Any) -> Any:
-            nonlocal count
-            count += 1
-            if count - 1 == layer.number:
+            if next(calls) == layer.number:
                 return replaced(output, layer.part, lambda raw: raw.flip(layer.batch_axis))
             return None
 
-        with evaluation_mode(self.model), layer.layer.register_forward_hook(exchange):
-            try:
-                found = answers(self.model(self.images))
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # a model may check what a layer gives in any way
-                return False
-        own = answers(self.record.output)
-        if len(found) != len(own):
+        with layer.layer.register_forward_hook(exchange):
+            record = attempt(self.model, self.images)
+        if isinstance(record, Exception):  # a model may check what a layer gives in any way
             return False
-        return any(self._exchanged(a, b) for a, b in zip(found, own, strict=True))
+        found, own = answers(record.output), answers(self.record.output)
+        return len(found) == len(own) and any(map(self._exchanged, found, own))
 
     def _exchanged(self, found: Tensor, own: Tensor) -> bool:
         if found.shape != own.shape or own.shape[:1] != self.images.shape[:1]:

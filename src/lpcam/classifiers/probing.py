@@ -67,14 +67,12 @@ def probe(
                     return Probed(record, None, multiple)
             return Probed(record, size, 1)
     tried, error = ", ".join(f"{h} x {w}" for h, w in sizes), failures[0]
+    advice = other_inputs(model) or "Give example= images that it takes, or their size (H, W)"
     raise ClassifierError(
         f"the model {type(model).__name__} took no image of {' or '.join(map(str, channels))} "
         f"channels; tried were {tried}. The first error was {type(error).__name__}: "
-        f"{' '.join(str(error).split()):.300}. {other_inputs(model) or EXAMPLE}"
+        f"{' '.join(str(error).split()):.300}. {advice}"
     ) from error
-
-
-EXAMPLE = "Give example= images that it takes, or their size (H, W)"
 
 
 def attempt(
@@ -122,18 +120,17 @@ def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
 
 def refuse_compiled_form(model: Any) -> None:
     """Refuse forms of a model in whose parts nothing can be seen."""
-    if isinstance(model, torch.jit.ScriptModule):
-        form = "a ScriptModule, whose layers cannot be observed"
-    elif isinstance(model, torch.export.ExportedProgram) or (
-        isinstance(model, torch.fx.GraphModule)
-        and any(isinstance(node.target, torch._ops.OpOverload) for node in model.graph.nodes)
-    ):
-        form = "an exported program, which has no layers that could be observed"
-    elif isinstance(model, nn.Module):
-        return
-    else:
+    nodes = model.graph.nodes if isinstance(model, torch.fx.GraphModule) else ()
+    exported = isinstance(model, torch.export.ExportedProgram)
+    exported |= any(isinstance(node.target, torch._ops.OpOverload) for node in nodes)
+    if exported or isinstance(model, torch.jit.ScriptModule):
+        form = "an exported program" if exported else "a ScriptModule"
+        raise ClassifierError(
+            f"expected a torch.nn.Module, got {form}, whose layers cannot be observed; pass the "
+            "model it was made of"
+        )
+    if not isinstance(model, nn.Module):
         raise ClassifierError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    raise ClassifierError(f"expected a torch.nn.Module, got {form}; pass the model it was made of")
 
 
 def quantised(model: nn.Module) -> str:

@@ -218,10 +218,9 @@ class Finder:
     def _heads(self) -> Iterator[Head]:
         """The given head, or linear layers whose output is the logits, the last first."""
         for call in reversed(self.record.calls):
-            if (found := Linear.of(call, self.record)) is None:
-                continue
-            output = self._output(found[2]) if self.given is None else "logits"
-            if output is not None and self.given in (None, call.module):
+            found = Linear.of(call, self.record) if self.given in (None, call.module) else None
+            output = self._output(found[2]) if found and self.given is None else "logits"
+            if found and output:
                 yield Head(*found, output)
 
     def _output(self, logits: Tensor, least: float = 0.0) -> str | None:
@@ -317,13 +316,15 @@ class Finder:
                     if figures is not None and not (token and figures.locality < PLACED):
                         return replace(layer, token=None), figures
         if self.layer is not None:
-            return self._given_layer()
+            if (best := self._best(self.candidates)) is None:
+                raise self._no_map()
+            return best
         self.check.together = True
         mixed: tuple[MapLayer, Figures] | None = None
         # A head on a linear function of each cell is one on the cells, which tell more.
         for linear in (False, True):
             for layer, raw in self.candidates:
-                if self._is_linear(layer) != linear or (best := self._best(layer, raw)) is None:
+                if self._is_linear(layer) != linear or (best := self._best([(layer, raw)])) is None:
                     continue
                 if best[1].locality < PLACED:
                     mixed = mixed or (best if self.check.carries(best[0]) else None)
@@ -343,32 +344,24 @@ class Finder:
         """Ways to read a layer's output as a map, whatever reads it."""
         if layer.layout != "tokens":
             return [layer]
-        prefixes = self._prefixes(raw.shape[1])
-        return [self._with_stride(replace(layer, prefix=p), raw) for p in prefixes[:3]]
+        prefixes = self._prefixes(raw.shape[1])[:3] or [0] * (self.layer is not None)
+        return [self._with_stride(replace(layer, prefix=p), raw) for p in prefixes]
 
-    def _best(self, layer: MapLayer, raw: Tensor) -> tuple[MapLayer, Figures] | None:
-        """The way to read a layer's output that is most local, if it behaves like a map."""
-        ways = [(way, self.check.figures(way, raw)) for way in self._readings(layer, raw)]
-        maps = [(way, figures) for way, figures in ways if not figures.failure]
-        if not maps:
-            why = ways[0][1].failure if ways else "its tokens fill no grid of the image's shape"
-            self._fail(layer, raw, why)
-            return None
-        return max(maps, key=lambda one: one[1].locality)
-
-    def _given_layer(self) -> tuple[MapLayer, Figures]:
-        """The given layer in the layout that behaves most like a map, with a warning if none."""
+    def _best(self, candidates: Sequence[Candidate]) -> tuple[MapLayer, Figures] | None:
+        """The way to read layers that behaves most like a map; of a given layer in any case."""
         ways = [
             (way, raw, self.check.figures(way, raw))
-            for layer, raw in self.candidates
-            for way in self._readings(layer, raw) or [self._with_stride(layer, raw)]
+            for layer, raw in candidates
+            for way in self._readings(layer, raw)
         ]
         if not ways:
-            raise self._no_map()
-        way, raw, _ = max(ways, key=lambda one: (not one[2].failure, one[2].locality))
-        figures = self._figures(way, raw)
-        assert figures is not None
-        return way, figures
+            for layer, raw in candidates:
+                self._fail(layer, raw, "its tokens fill no grid of the image's shape")
+            return None
+        way, raw, found = max(ways, key=lambda one: (not one[2].failure, one[2].locality))
+        told = found.failure or self.layer is not None
+        figures = self._figures(way, raw) if told else found
+        return None if figures is None else (way, figures)
 
     def _no_map(self) -> ClassifierError:
         name = type(self.model).__name__

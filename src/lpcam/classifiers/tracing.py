@@ -59,11 +59,9 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
     def restore() -> None:
         for module, flag in flags.items():
-            if module.training != flag:
-                module.training = flag
+            module.training = flag
         for parameter, need in needed.items():
-            if parameter.requires_grad != need:
-                parameter.requires_grad_(need)
+            parameter.requires_grad_(need)
         for tensor, value in saved:
             if not torch.equal(tensor, value):
                 tensor.copy_(value)
@@ -80,8 +78,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             stack.callback(module.train, True)
             module.train(False)
         for module in flags:  # a class may override eval() to leave some modules in training mode
-            if module.training:
-                module.training = False
+            module.training = False
         yield
 
 
@@ -139,18 +136,13 @@ def replaced(value: Any, index: int, function: Callable[[Tensor], Tensor]) -> An
         return function(value) if index == 0 else value
     if not isinstance(value, (list, tuple, Mapping)):
         return value
-    keys = list(value) if isinstance(value, Mapping) else range(len(value))
-    changed: dict[Any, Any] = {}
-    for key in keys:
-        changed[key] = replaced(value[key], index, function)
+    twin: Any = copy.copy(value) if isinstance(value, Mapping) else list(value)
+    for key in list(value) if isinstance(value, Mapping) else range(len(value)):
+        twin[key] = replaced(value[key], index, function)
         index -= len(list(tensors_of(value[key])))
     if isinstance(value, Mapping):
-        twin: Any = copy.copy(value)
-        for key, one in changed.items():
-            twin[key] = one
         return twin
-    items = changed.values()
-    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return type(value)(*twin) if hasattr(value, "_fields") else type(value)(twin)
 
 
 def logits_of(output: Any) -> Tensor | None:
@@ -183,9 +175,6 @@ class Call:
     before: Tensor | None
     after: Tensor | None
     part: int = 0  #: Which of the tensors that the module gave ``after`` is
-
-    def __str__(self) -> str:
-        return f"{self.name or 'the model'} ({type(self.module).__name__})"
 
 
 @dataclass(frozen=True)
@@ -430,26 +419,23 @@ class Linear:
         if before is None or after is None or not hasattr(call.module, "bias"):
             return None
         shape = (after.shape[1], before.shape[1])
-        if getattr(getattr(call.module, "weight", None), "shape", ()) not in (
-            shape,
-            (*shape, 1, 1),
-        ):
+        own = getattr(getattr(call.module, "weight", None), "shape", ())
+        if own not in (shape, (*shape, 1, 1)):
             return None
         linear = cls(call.module, None, call.name)
-        return (linear, before, after) if record.same(linear(before), after) else None
+        return (
+            (linear, before, after)
+            if record.same(_apply_rows(linear.rows(), before), after)
+            else None
+        )
 
     def rows(self) -> Rows:
         """Current weight (N, C) and bias (N,), detached, float32 or float64."""
         module: Any = self.module
-        given: Any = self.tensors if module is None else (module.weight, module.bias)
-        weight, bias = given
+        weight, bias = self.tensors or (module.weight, module.bias)
         dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
         bias = bias.detach().to(dtype) if isinstance(bias, Tensor) else None
         return weight.detach().flatten(1).to(dtype), bias
-
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """Logits (B, N) of vectors (B, C)."""
-        return _apply_rows(self.rows(), vectors)
 
     def __str__(self) -> str:
         kind = type(self.module).__name__

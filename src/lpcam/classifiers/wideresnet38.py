@@ -70,12 +70,6 @@ class WideResNet38(nn.Module):
 
     Parameters are named as in the released ImageNet weights: conv1a, b2, b2_1 to b7, bn7. Without
     ``final_relu`` features are signed, as in EDAM.
-
-    Example:
-        >>> import torch
-        >>> model = WideResNet38((4, 4, 8, 8, 8, 8, 16), (1, 1, 1, 1)).eval()
-        >>> model(torch.zeros(1, 3, 30, 41)).shape
-        torch.Size([1, 16, 4, 6])
     """
 
     output_fmt = "NCHW"
