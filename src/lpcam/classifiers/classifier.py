@@ -144,11 +144,7 @@ class Classifier(FrozenStatistics, SavedNetwork):
         return logits
 
     def folded(self) -> Classifier:
-        """A copy for inference, a third faster: batch norms are folded into convolutions.
-
-        Its features are the same up to rounding. It shares no weights with this classifier, must
-        not be trained and cannot be saved.
-        """
+        """A copy for inference, a third faster: batch norms are folded into convolutions."""
         twin = copy.deepcopy(self).eval()
         twin.spec = None
         _fold(twin.backbone)
@@ -211,12 +207,7 @@ def build(
     std: Sequence[float] | None = None,
     seed: int = 0,
 ) -> Classifier:
-    """Build a classifier on a timm backbone, with a random head.
-
-    ``weights`` are ``"pretrained"`` (timm's, downloaded on first use), ``"random"``, or the path of
-    a safetensors file of this architecture (with or without its classification head). What cannot
-    be had, does not fit, or has no spatial map is refused by a ClassifierError.
-    """
+    """Build a classifier on a timm backbone, with a random head."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # Only the part before pooling is used; num_classes=0 leaves the old head out.
@@ -228,11 +219,7 @@ def build(
 
 
 def timm_classifier(name: str, *, weights: str | Path = PRETRAINED) -> Classifier:
-    """A timm model with the head that it was trained with; such a classifier cannot be saved.
-
-    ``weights`` are ``"pretrained"`` (timm's) or a safetensors file of the whole model. A bias
-    counts in the scores, but not in the maps (equation 1).
-    """
+    """A timm model with the head that it was trained with; such a classifier cannot be saved."""
     spec = BackboneSpec(name, {})
     with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
         model: Any = _create(spec, pretrained=str(weights) == PRETRAINED).eval()
@@ -408,10 +395,7 @@ def _fold(module: nn.Module) -> None:
 
 
 class _SameConvolution(nn.Module):
-    """A "same" convolution without timm's padded copy, which on a CPU takes longer than it.
-
-    Padding is symmetric; where "same" needs more after an image, the first outputs are dropped.
-    """
+    """A "same" convolution without timm's padded copy, which takes longer than it on a CPU."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:
         super().__init__()

@@ -45,10 +45,7 @@ def image_pyramid(
     flip: bool,
     precision: torch.dtype | None = None,
 ) -> Iterator[FeaturePair]:
-    """Features (B, C, h, w) of RGB images (B, H, W, 3) at each scale, by Pillow's bicubic filter.
-
-    float16 or bfloat16 run the backbone under autocast. NaN or Inf raise a PrototypeError.
-    """
+    """Features (B, C, h, w) of RGB images (B, H, W, 3) at each scale, by Pillow's bicubic."""
     height, width = images.shape[1:3]
     for scale in scales:
         size = scaled_size(height, width, scale)
@@ -69,12 +66,7 @@ def naming(items: Sequence[Item]) -> Iterator[None]:
 
 
 class FeatureStore:
-    """Features of images at several scales, from memory or from the backbone; thread-safe.
-
-    Later changes of the classifier's weights have no effect. Features of the images ``keep``, which
-    are requested again, are kept in ``dtype`` up to a budget in bytes; results are float32. The
-    passes have ``precision``, and longer images are resized to ``maximum_side`` first.
-    """
+    """Features of images at several scales, from memory or the backbone; thread-safe."""
 
     def __init__(
         self,
@@ -100,10 +92,7 @@ class FeatureStore:
 
     @torch.inference_mode()
     def pairs(self, items: Sequence[Item], scales: Sequence[float]) -> Iterator[FeaturePair]:
-        """Features (B, C, h, w) of B images of equal size and their mirrors at each scale, float32.
-
-        Raises PrototypeError if they hold NaN or Inf, or are too large for half precision.
-        """
+        """Float32 features (B, C, h, w) of B images of equal size and of mirrors at each scale."""
         images = None
         for scale in scales:
             kept = [self._kept.get((item.id, scale)) for item in items]

@@ -31,10 +31,7 @@ class FeaturePair(NamedTuple):
 def tensor_pyramid(
     source: Source, images: Tensor, scales: Sequence[float], *, flip: bool
 ) -> Iterator[FeaturePair]:
-    """Features of normalised images (B, c, H, W) at each scale, resized by antialiased bicubic.
-
-    Resized sides are rounded to multiples of ``source.multiple``, if the model requires them.
-    """
+    """Features at each scale; resized sides become multiples of what the model requires."""
     multiple = source.multiple if isinstance(source, WrappedModel) else 1
     own = tuple(images.shape[-2:])
     for scale in scales:

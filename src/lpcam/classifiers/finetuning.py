@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar, Literal, Protocol, Unpack
+from typing import Annotated, Any, ClassVar, Literal, Unpack
 
 import numpy as np
 import torch
@@ -51,28 +51,13 @@ class FinetuneSettings(SgdSettings):
     """First weights of the head: those of torch's linear layer, or Xavier's uniform ones."""
 
 
-class Augmentation(Protocol):
-    """Sizes of training images, in pixels, and the largest changes of their colours."""
-
-    long_side: tuple[int, int]
-    crop: int
-
-    @property
-    def jitter(self) -> Sequence[float] | None: ...
-
-
 def augment(
     image: NDArray[np.uint8],
     preprocessing: Preprocessing,
-    settings: Augmentation,
+    settings: Any,
     generator: np.random.Generator,
 ) -> Tensor:
-    """Augment an RGB image (H, W, 3) to a tensor (3, crop, crop) (specification of IRN, section 1).
-
-    The long side becomes a random one of ``settings.long_side``, the colours change, and
-    the normalised image is mirrored with probability one half and cropped at random, or placed on a
-    canvas of the mean colour.
-    """
+    """Augment an RGB image to a tensor (3, crop, crop) (specification of IRN, section 1)."""
     low, high = settings.long_side
     resized = resize_long_side(image, int(generator.integers(low, high + 1)))
     if settings.jitter is not None:
@@ -102,11 +87,7 @@ def finetune(
     settings: FinetuneSettings,
     **options: Unpack[engine.TrainingOptions],
 ) -> engine.History:
-    """Fine-tune in place and return one record per epoch, with the ``validation_map``.
-
-    SGD on the multi-label soft margin loss, poly schedule per step, batch-norm statistics frozen.
-    Options and errors are those of :func:`lpcam.training.loop.run`; a stopped run resumes.
-    """
+    """Fine-tune in place, with the options of ``loop.run``, and return one record per epoch."""
     processes = options.get("processes") or Processes()
     freeze(classifier.backbone, settings.freeze, norms=settings.freeze_norms)
     classifier.dropout = settings.dropout
@@ -158,10 +139,7 @@ def validation_map(
     processes: Processes,
     scores: Callable[[Any], Tensor] = lambda found: found,
 ) -> float | None:
-    """Mean average precision over the classes on whole images; None without images.
-
-    ``side`` is the long side of the images; ``scores`` makes logits (B, N) of what a network gives.
-    """
+    """Mean average precision of ``scores`` on whole images of a long side; None without images."""
     network.eval()
     logits = torch.zeros(len(items), len(network.classes))
     for row in range(processes.rank, len(items), processes.count):

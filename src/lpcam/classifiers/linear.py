@@ -34,11 +34,7 @@ class ProbeSettings(PresetModel):
 
 
 def mean_average_precision(logits: Tensor, labels: Tensor) -> float | None:
-    """Mean over classes of the average precision of logits (M, N); None without positive labels.
-
-    The average precision of a class is the mean, over its positive images, of the precision among
-    the images that score at least as high. A class without positive images is not counted.
-    """
+    """Mean over classes of the average precision of logits (M, N); None without positive labels."""
     values = []
     for scored, present in zip(logits.T, labels.T > 0, strict=True):
         if not present.any():
@@ -65,13 +61,7 @@ def checked_names(classes: Sequence[str]) -> tuple[str, ...]:
 def fit_head(
     pooled: Tensor, labels: Tensor, settings: ProbeSettings, classes: Sequence[str]
 ) -> Tensor:
-    """Rows (N, C) float32 that minimise the multi-label soft margin loss on pooled features.
-
-    For each class, the mean over samples of the binary cross-entropy of its logit plus
-    weight_decay / 2 times the squared norm of its row, by L-BFGS in double precision, from zero.
-    ``pooled`` (M, V, C) has V views of each of M images with multi-hot labels (M, N); a class
-    without an image is refused by its name.
-    """
+    """Rows (N, C) for pooled features (M, V, C) of images in V views and multi-hot labels (M, N)."""
     if absent := [name for name, own in zip(classes, labels.T, strict=True) if not own.any()]:
         raise ClassifierError(
             f"no training image is labelled {shortened(absent)}; label some, or leave these "

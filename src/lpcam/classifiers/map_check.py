@@ -1,8 +1,4 @@
-"""Check that the output of a layer behaves like a feature map.
-
-It must have one grid per image, which follows the size of the image in both axes and depends on
-this image alone, and its cells must be local: a changed corner of the image shows there most.
-"""
+"""Check that the output of a layer is a local grid per image, which follows the image's size."""
 
 from __future__ import annotations
 
@@ -110,10 +106,7 @@ class MapCheck:
         return Figures(whole)
 
     def carries(self, layer: MapLayer) -> bool:
-        """Whether all that the model's output tells of an image passes through the layer.
-
-        The outputs of the layer for two images are exchanged. Then the model's are, too.
-        """
+        """Whether all that the model's output tells of an image passes through the layer."""
         if not isinstance(layer.layer, nn.Module):
             return True
         calls = count()

@@ -36,11 +36,7 @@ def fit_probe(
     pooled: Tensor,
     refit: bool,
 ) -> list[dict[str, Any]]:
-    """Fit the classifier's head in place, and return one record with its loss and its mAP.
-
-    ``pooled`` (M, V, C) is of training and then validation images, from :func:`pooled_features`;
-    with ``refit`` the head is fitted again to both after the mAP has been measured.
-    """
+    """Fit the classifier's head in place, and return one record with its loss and its mAP."""
     labels = multi_hot([*training, *validation], len(classifier.classes))
     count = len(training)
     weight = fit_head(pooled[:count], labels[:count], settings, classifier.classes)
@@ -70,12 +66,7 @@ def pooled_features(
     folder: Path,
     sharing: Sharing,
 ) -> Tensor | None:
-    """Pooled features (len(items), V, C) of images and, with ``settings.mirror``, mirror images.
-
-    Complete shards in ``folder``, which is for this classifier, list and settings only, are read
-    instead of computed again. The store gives the features if ``settings.long_side`` is None;
-    otherwise its classifier does. Processes other than the first get None.
-    """
+    """Pooled features (len(items), V, C) of images and mirrors, from complete shards in ``folder``."""
     mine, processes = sharing.mine(items), sharing.processes
     shards = f"of-{processes.count}-by-{sharing.batch}"  # shards of other shares do not fit
 

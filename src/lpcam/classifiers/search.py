@@ -1,7 +1,4 @@
-"""Search for the feature map and the linear head of a model in a recorded pass.
-
-Each layer can be read in some ways. The last one whose numbers agree with the pass is chosen.
-"""
+"""Search for the feature map and the linear head of a model in a recorded pass, by numbers."""
 
 from __future__ import annotations
 
@@ -37,6 +34,7 @@ from lpcam.runtime.errors import ClassifierError
 
 logger = logging.getLogger(__name__)
 Pool = Literal["mean", "token"]
+NEW = "classes=[...] to fit a new linear head on the mean of its feature map"
 MOST_LISTED = 5  #: Number of layers that a message lists.
 MOST_PREFIX_TOKENS = 16
 """Maximum number of class, distillation and register tokens before the patches."""
@@ -127,10 +125,7 @@ class Finder:
         return Found(Reading(layer, None, ()), self.classes, "features", figures)
 
     def _figures(self, layer: MapLayer, raw: Tensor) -> Figures | None:
-        """Figures of a layer that behaves like a map; of a given layer in any case, with a warning.
-
-        None for another, whose failure is kept.
-        """
+        """Figures of a map or a given layer; None for another, whose failure is kept."""
         figures = self.check.figures(layer, raw)
         if not figures.failure:
             if not figures.is_local:
@@ -302,11 +297,7 @@ class Finder:
         return Found(Reading(layer, head, ()), names, "features", figures)
 
     def _features_layer(self, heads: Sequence[Head]) -> tuple[MapLayer, Figures]:
-        """The map for a new head: that of a head's input or of the output; else the deepest.
-
-        The deepest layer is taken that behaves like a map and through which all passes that the
-        model's output tells of an image.
-        """
+        """The map for a new head: that of a head's input or of the output; else the deepest."""
         vectors = [*(head.before for head in heads), flat(first_tensor(self.record.output))]
         for vector in (one for one in vectors if one is not None):
             for token in (False, True):
@@ -373,40 +364,34 @@ class Finder:
         )
 
     def _failure(self, heads: Sequence[Head]) -> ClassifierError:
-        name = type(self.model).__name__
-        new = "classes=[...] to fit a new linear head on the mean of its feature map"
-        own = "target_layer= and head= where they are known"
+        name, way = type(self.model).__name__, "target_layer= and head= where they are known"
         if not heads:
             shape = None if self.logits is None else tuple(self.logits.shape)
             return ClassifierError(
                 f"no linear layer was found in {name} whose output is what the model gives: it "
-                f"gives {f'logits {shape}' if shape else 'no logits (B, N)'}. Pass {new}, or {own}"
+                f"gives {f'logits {shape}' if shape else 'no logits (B, N)'}. Pass {way}, or {NEW}"
             )
         vector, start = heads[0].before, f"the head {heads[0].linear} of {name}"
         if self.token:
-            return ClassifierError(
-                f"{start} does not read a class token; leave pool= out, or pass {new}"
+            why, way = "does not read a class token", 'pool="mean"'
+        elif (token := next(self._trace(vector, token=True), None)) is not None:
+            why = (
+                f"reads the class token (token {token[0].token} of {token[0].name}), so its logits "
+                "are not linear in the mean of a feature map"
             )
-        if (token := next(self._trace(vector, token=True), None)) is not None:
-            return ClassifierError(
-                f"{start} reads the class token (token {token[0].token} of {token[0].name}), so "
-                "its logits are not linear in the mean of a feature map. "
-                'Pass pool="token" to take its rows on the patch tokens, or classes=[...] to fit a '
-                "new linear head on the mean of the patch tokens"
+            way = 'pool="token" to take its rows on the patch tokens'
+        elif self.failed:
+            layer, failure = next(iter(self.failed.items()))
+            why = f"reads the mean of {layer}, which is no feature map: {failure}"
+            way = "target_layer= to use it nevertheless"
+        else:
+            where = "the given target_layer" if self.layer is not None else "any feature map"
+            why = (
+                f"reads a vector ({vector.shape[1]} channels) that is not the mean of {where} (as "
+                "it is, after ReLU, or before a batch, layer, RMS or L2 norm), but perhaps of "
+                "another layer of the head, a maximum, or two vectors joined"
             )
-        if self.failed:
-            layer, why = next(iter(self.failed.items()))
-            return ClassifierError(
-                f"{start} reads the mean of {layer}, which is no feature map: {why}. Pass "
-                f"target_layer= to use it nevertheless, or {new}"
-            )
-        where = "the given target_layer" if self.layer is not None else "any feature map"
-        return ClassifierError(
-            f"the vector ({vector.shape[1]} channels) that {start} reads is not the mean of "
-            f"{where} (as it is, after ReLU, or before a batch, layer, RMS or L2 norm); it may be "
-            "what another layer of the head gives, a maximum, or two vectors joined. Images were "
-            f"{self.record.size[0]} x {self.record.size[1]}. Pass {new}, or {own}"
-        )
+        return ClassifierError(f"{start} {why}. Pass {way}, or {NEW}")
 
 
 def _layouts(layer: Any, name: str, number: int, raw: Tensor | None, count: int) -> list[Candidate]:
@@ -435,11 +420,7 @@ def _channels(layer: MapLayer, raw: Tensor) -> int:
 
 
 def class_names(model: nn.Module, count: int) -> list[str]:
-    """Short, distinct names of a model's classes.
-
-    They come from its configuration (``id2label``), or from ImageNet if timm knows the model's
-    classes; otherwise they are numbers.
-    """
+    """Distinct names: those of a model's configuration, of ImageNet as in timm, or numbers."""
     labels: Any = getattr(getattr(model, "config", None), "id2label", None)
     if not isinstance(labels, Mapping) or set(labels) != set(range(count)):
         of_timm = getattr(model, "pretrained_cfg", None) is not None

@@ -1,7 +1,4 @@
-"""Parts of a model seen in one forward pass: calls of modules, maps, norms and linear layers.
-
-All are recognised by their numbers, not by the name of their class.
-"""
+"""Parts of a model seen in one forward pass, recognised by their numbers, not by class names."""
 
 from __future__ import annotations
 
@@ -41,11 +38,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; restores flags, weights and random state on exit.
-
-    Compiled modules run uncompiled, because compiled code may ignore hooks. A class's own ``train``
-    (to clear caches or merge weights) is called.
-    """
+    """Evaluation mode without gradients; restores flags, weights and random state on exit."""
     flags = {module: module.training for module in model.modules()}
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
     own_train = [m for m in flags if getattr(m.train, "__func__", None) is not nn.Module.train]
@@ -323,10 +316,7 @@ class MapLayer:
 def grid_of(
     count: int, size: tuple[int, int], stride: tuple[float, float] | None = None
 ) -> tuple[int, int]:
-    """Rows and columns of ``count`` patches of an image (H, W), by their stride if it fits.
-
-    Else the two factors of ``count`` whose ratio is nearest to the image's.
-    """
+    """Rows and columns of patches by their stride; else factors nearest to the image's ratio."""
     if stride is not None:
         for rounding in (math.floor, math.ceil, round):
             rows, columns = (rounding(n / s) for n, s in zip(size, stride, strict=True))

@@ -17,12 +17,7 @@ HEADS = ("fc8", "fc1", "fc2")
 
 
 class _Block(nn.Module):
-    """Pre-activation block: batch norms, ReLUs and convolutions in turn, and a shortcut.
-
-    The shortcut is the input, or a 1 x 1 convolution of the *activated* input if shapes differ or
-    there are three convolutions.
-    ``layers`` are channels, kernel, stride and dilation of each convolution.
-    """
+    """Pre-activation block of convolutions (channels, kernel, stride, dilation) and a shortcut."""
 
     def __init__(
         self, before: int, layers: Sequence[tuple[int, int, int, int]], dropout: float = 0.0
@@ -66,11 +61,7 @@ def _convolution(
 
 
 class WideResNet38(nn.Module):
-    """WideResNet-38 at stride 8 (specification of EDAM, section 1), for images of any size.
-
-    Parameters are named as in the released ImageNet weights: conv1a, b2, b2_1 to b7, bn7. Without
-    ``final_relu`` features are signed, as in EDAM.
-    """
+    """WideResNet-38 at stride 8 (specification of EDAM, section 1), for images of any size."""
 
     output_fmt = "NCHW"
     num_classes = 0
@@ -140,10 +131,7 @@ class WideResNet38(nn.Module):
         intermediates_only: bool = False,
         **_: Any,
     ) -> Any:
-        """The activations that enter b3, b4, b5 and b6 (strides 2, 4, 8, 8), and the features.
-
-        Arguments and result are those of timm's models; other arguments have no effect.
-        """
+        """The activations that enter b3 to b6, and the features, with timm's arguments."""
         maps = self._maps(x)
         if isinstance(indices, int):
             chosen = maps[-indices:]
@@ -175,10 +163,7 @@ class WideResNet38(nn.Module):
 def wideresnet38(
     pretrained: bool = False, *, num_classes: int = 0, output_stride: int = STRIDE, **arguments: Any
 ) -> nn.Module:
-    """WideResNet-38 for ``timm.create_model``, with the arguments of :class:`WideResNet38`.
-
-    Refuses pre-trained weights, a classification head and other output strides by a ValueError.
-    """
+    """WideResNet-38 for ``timm.create_model``, with the arguments of :class:`WideResNet38`."""
     if pretrained:
         raise ValueError(
             "WideResNet-38's weights cannot be downloaded: convert the released file by "

@@ -1,8 +1,4 @@
-"""Any image classifier as a source of feature maps and class rows, found by structure and checked.
-
-:func:`wrap` follows the logits of two random images back: to the linear layer that gives them, to
-the vector that it reads, and to the feature map whose mean (or class token) that vector is.
-"""
+"""Any image classifier as a source of feature maps and class rows, found and checked in a pass."""
 
 from __future__ import annotations
 
@@ -118,12 +114,7 @@ class WrappedModel(Reading):
             return self.rows(self.device)
 
     def features(self, images: Tensor) -> Tensor:
-        """The map (B, C, h, w) of images (B, c, H, W), whose products with the rows are the CAM.
-
-        The model runs in evaluation mode without gradients, in its own precision. The map is
-        float32 (float64 for such a model), on the model's device. With a norm after the pooling it
-        is divided by the size of each image's pooled vector.
-        """
+        """The map (B, C, h, w) of images (B, c, H, W), whose products with the rows are the CAM."""
         raw = self._raw(images)
         with torch.no_grad(), torch.autocast(raw.device.type, enabled=False):
             return self.features_of(raw, _size(images))
@@ -162,10 +153,7 @@ class WrappedModel(Reading):
         )
 
     def fingerprint(self, classes: Sequence[str] | None = None) -> str:
-        """32 hex digits that change with any weight or the layer of the map.
-
-        With ``classes`` those of version 0.1.0, which changed with the class names too.
-        """
+        """32 hex digits that change with any weight or the map's layer; ``classes`` as in 0.1.0."""
         layer, head = self.map_layer, self.head
         fields = ("layout", "prefix", "stride", "relu", "token")
         place: dict[str, Any] = {field: getattr(layer, field) for field in fields}
