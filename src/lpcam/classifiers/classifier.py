@@ -68,8 +68,7 @@ class BackboneSpec:
     output_stride: int | None = None
     """Pixels per cell of the features, for models that can remove strides."""
     dilated: bool = True
-    """False sets every dilation back to 1 after ``output_stride`` has removed strides, as in the
-    released programs' ResNet-50 (specification of LPCAM, section 2)."""
+    """False: dilations that ``output_stride`` brings are 1 (specification of LPCAM, section 2)."""
 
 
 class Classifier(FrozenStatistics, SavedNetwork):

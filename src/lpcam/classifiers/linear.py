@@ -61,7 +61,7 @@ def checked_names(classes: Sequence[str]) -> tuple[str, ...]:
 def fit_head(
     pooled: Tensor, labels: Tensor, settings: ProbeSettings, classes: Sequence[str]
 ) -> Tensor:
-    """Rows (N, C) for pooled features (M, V, C) of images in V views and multi-hot labels (M, N)."""
+    """Rows (N, C) for pooled features (M, V, C) of V views, and multi-hot labels (M, N)."""
     if absent := [name for name, own in zip(classes, labels.T, strict=True) if not own.any()]:
         raise ClassifierError(
             f"no training image is labelled {shortened(absent)}; label some, or leave these "

@@ -24,14 +24,12 @@ from lpcam.classifiers.tracing import (
 
 LOCAL = 3.0
 """Least ratio of the changes of the cells under a changed corner and in the opposite corner."""
-PLACED = 1.5
-"""Ratio below which the cells of a layer that is not known to be a map have no place."""
+PLACED = 1.5  #: Ratio below which the cells of a layer that is not known to be a map have no place.
 ALONG = 0.15
 """Least ratio for each other quadrant, as a power of the ratio for the opposite corner."""
 PEAK = 4.0  #: Largest ratio of the largest change and the mean of a layer that mixes its cells.
 LEAST_CHANNELS = 4  #: Images and maps of attention have fewer.
-CARRIED = 1e-3
-"""Largest share of the model's output that may not pass through the map."""
+CARRIED = 1e-3  #: Largest share of the model's output that may not pass through the map.
 NOISES = 3
 ASPECT = 0.5  #: Largest difference of the aspect ratios of a grid and its image, as a logarithm.
 
@@ -60,9 +58,7 @@ class MapCheck:
 
     model: nn.Module
     probed: Probed
-    together: bool = False
-    """Whether a pass keeps the outputs of all layers, for many candidates; else of one, which takes
-    less memory"""
+    together: bool = False  #: Whether a pass keeps the outputs of all layers, else of one
 
     def __post_init__(self) -> None:
         self.record, self.images = self.probed.record, self.probed.record.images
@@ -193,11 +189,7 @@ def _follows(layer: MapLayer, grid: torch.Size, doubled: Tensor, size: tuple[int
 
 
 def _locality(maps: list[Tensor]) -> tuple[bool, float]:
-    """Whether cells stand where they change, and the ratio of a changed and the opposite corner.
-
-    All are medians. Quadrants are compared with each other one: an axis of channels, and cells in
-    another order, show there. Where the corners do not differ, no cell should.
-    """
+    """Whether cells have the order of the image, and the ratio of changes at opposite corners."""
     corners: list[list[Tensor]] = []
     quadrants: list[list[Tensor]] = []
     peaks: list[Tensor] = []

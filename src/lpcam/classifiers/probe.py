@@ -66,7 +66,7 @@ def pooled_features(
     folder: Path,
     sharing: Sharing,
 ) -> Tensor | None:
-    """Pooled features (len(items), V, C) of images and mirrors, from complete shards in ``folder``."""
+    """Pooled features (len(items), V, C) of views of images; complete shards are read again."""
     mine, processes = sharing.mine(items), sharing.processes
     shards = f"of-{processes.count}-by-{sharing.batch}"  # shards of other shares do not fit
 

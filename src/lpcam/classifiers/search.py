@@ -127,15 +127,14 @@ class Finder:
     def _figures(self, layer: MapLayer, raw: Tensor) -> Figures | None:
         """Figures of a map or a given layer; None for another, whose failure is kept."""
         figures = self.check.figures(layer, raw)
-        if not figures.failure:
-            if not figures.is_local:
-                logger.warning("%s: %s", layer, figures)
-            return figures
-        if self.layer is not None:
+        if figures.failure and self.layer is None:
+            self._fail(layer, raw, figures.failure)
+            return None
+        if figures.failure:
             logger.warning("the given target_layer is no feature map: %s", figures)
-            return figures
-        self._fail(layer, raw, figures.failure)
-        return None
+        elif not figures.is_local:
+            logger.warning("%s: %s", layer, figures)
+        return figures
 
     def _fail(self, layer: MapLayer, raw: Tensor, why: str) -> None:
         shape = raw.transpose(0, 1).shape if layer.batch_axis else raw.shape
@@ -306,14 +305,10 @@ class Finder:
                     # a mean is one of places; a token need not belong to a map
                     if figures is not None and not (token and figures.locality < PLACED):
                         return replace(layer, token=None), figures
-        if self.layer is not None:
-            if (best := self._best(self.candidates)) is None:
-                raise self._no_map()
-            return best
+        mixed = None if self.layer is None else self._best(self.candidates)
         self.check.together = True
-        mixed: tuple[MapLayer, Figures] | None = None
         # A head on a linear function of each cell is one on the cells, which tell more.
-        for linear in (False, True):
+        for linear in (False, True) if self.layer is None else ():
             for layer, raw in self.candidates:
                 if self._is_linear(layer) != linear or (best := self._best([(layer, raw)])) is None:
                     continue
@@ -399,11 +394,9 @@ def _layouts(layer: Any, name: str, number: int, raw: Tensor | None, count: int)
     if raw is None or not raw.is_floating_point() or raw.ndim not in (3, 4):
         return []
     if raw.shape[0] != count:
-        if raw.ndim != 3 or raw.shape[1] != count or raw.shape[0] < 2:
-            return []
-        return [
-            (MapLayer(layer, name, number, "tokens", batch_axis=1), raw.float().transpose(0, 1))
-        ]
+        swapped = raw.ndim == 3 and raw.shape[1] == count and raw.shape[0] > 1
+        tokens = MapLayer(layer, name, number, "tokens", batch_axis=1)
+        return [(tokens, raw.float().transpose(0, 1))] if swapped else []
     layouts: list[Layout] = []
     if raw.ndim == 4 and min(raw.shape[1:]) > 0:
         if raw.shape[2:].numel() > 1:

@@ -41,8 +41,8 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; restores flags, weights and random state on exit."""
     flags = {module: module.training for module in model.modules()}
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
-    own_train = [m for m in flags if getattr(m.train, "__func__", None) is not nn.Module.train]
-    overriding = [module for module in own_train if flags[module]]
+    plain = nn.Module.train
+    overriding = [m for m in flags if m.training and getattr(m.train, "__func__", None) != plain]
     # Merging weights and undoing it changes them by rounding.
     saved = [
         (tensor, tensor.detach().clone())

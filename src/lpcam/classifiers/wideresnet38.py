@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import register_model
 from torch import Tensor, nn
 
@@ -109,13 +108,7 @@ class WideResNet38(nn.Module):
             {"num_chs": wide[index], "reduction": reduction, "module": name}
             for index, reduction, name in places
         ]
-        self.pretrained_cfg: dict[str, Any] = {
-            "architecture": "wideresnet38",
-            "mean": IMAGENET_DEFAULT_MEAN,
-            "std": IMAGENET_DEFAULT_STD,
-            "num_classes": 0,
-            "classifier": HEADS,
-        }
+        self.pretrained_cfg: dict[str, Any] = {"classifier": HEADS}
 
     def forward_features(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalised images to (B, 4096, ceil(H / 8), ceil(W / 8))."""

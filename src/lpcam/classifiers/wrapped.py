@@ -34,11 +34,7 @@ Head = Layer | tuple[Tensor, Tensor | None]
 
 @dataclass(eq=False, repr=False)
 class WrappedModel(Reading):
-    """A user's model with the layer of its feature map and the rows of its head.
-
-    Holds a reference to the model. Weights are read at every call, so later updates take effect.
-    Made by :func:`wrap`.
-    """
+    """A reference to a model, with its map layer and head; weights are read at every call."""
 
     model: nn.Module
     classes: tuple[str, ...]
