@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -124,7 +124,7 @@ def make(
 
 def _drawn(
     context: Context, items: Sequence[Item], settings: LpcamSettings
-) -> dict[str, dict[int, int]]:
+) -> Mapping[str, Mapping[int, int]]:
     """How often each image is clustered for each class, by the table of the data or drawn."""
     labels, classes = [(i.id, i.labels) for i in items], len(context.dataset.classes)
     if (path := context.recipe.data.selected) is not None:
@@ -141,7 +141,7 @@ def selected_key(context: Context) -> dict[str, str]:
 def _gather(
     context: Context,
     used: Sequence[Item],
-    drawn: dict[str, dict[int, int]],
+    drawn: Mapping[str, Mapping[int, int]],
     result: Result,
     settings: LpcamSettings,
     local: Local,
