@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor
 
 from lpcam.data.dataset import Item
 from lpcam.refine.saliency_fusion import REFINEMENT, SaliencySettings, saliency_labels
-from lpcam.runtime.errors import DataError
 
 PLAIN = SaliencySettings.from_preset("edam")
 WITH_CRF = SaliencySettings.from_preset("edam.crf")
@@ -70,19 +67,3 @@ def test_fusion_of_an_image(settings: SaliencySettings, tmp_path: Path) -> None:
     assert not found[1].any()
     planes.planes = maps[:0]
     assert refine(planes).shape == (0, 24, 32)  # type: ignore[union-attr]
-
-
-@pytest.mark.parametrize(
-    ("maps", "saliency", "match"),
-    [
-        (torch.zeros(2, 4, 5), torch.zeros(4, 6, dtype=torch.uint8), r"\(4, 6\)"),
-        (torch.zeros(2, 4, 5), torch.zeros(4, 5), "float32"),
-        (torch.zeros(2, 4, 5), torch.zeros(4, 5, 3, dtype=torch.uint8), r"\(4, 5, 3\)"),
-        (torch.zeros(4, 5), torch.zeros(4, 5, dtype=torch.uint8), r"\(4, 5\)"),
-        (torch.full((1, 4, 5), math.nan), torch.zeros(4, 5, dtype=torch.uint8), "finite"),
-        (torch.zeros(1, 4, 5).byte(), torch.zeros(4, 5, dtype=torch.uint8), "uint8"),
-    ],
-)
-def test_maps_and_saliency_that_do_not_fit(maps: Tensor, saliency: Tensor, match: str) -> None:
-    with pytest.raises(DataError, match=match):
-        saliency_labels(maps, saliency, PLAIN)

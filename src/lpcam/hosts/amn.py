@@ -44,36 +44,32 @@ from lpcam.hosts.base import (
     HostData,
     HostNetwork,
     HostSection,
-    HostSettings,
+    ScaledSettings,
     View,
     check_finite,
-    check_labels,
 )
 from lpcam.method.functional import FusedMaps, lpcam_of_pair, normalize, unflip
+from lpcam.refine.ternary import TernarySettings
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import DataError
-from lpcam.runtime.settings import Fraction, Positive
+from lpcam.runtime.settings import Positive
 from lpcam.segmentation.augmentation import check_masks
 from lpcam.segmentation.losses import reduce_labels, sums_by_side
 from lpcam.segmentation.networks.deeplabv2 import Aspp
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import scale_mirror_crop
-from lpcam.training.optim import freeze, names_below
+from lpcam.training.optim import EpochSettings, freeze, names_below
 from lpcam.training.released import RESNET50, RESNET50_COPIES, Released
 
 EPSILON = 1e-5  #: Added to the range that probabilities are divided by (section 4).
 
 
-class AmnSettings(HostSettings):
+class AmnSettings(EpochSettings, ScaledSettings, TernarySettings):
     """AMN: a per-pixel classifier with the image's labels as input (specification of AMN)."""
 
     table: ClassVar[str] = "amn"
     preset: str = "default"
 
-    epochs: Annotated[int, Field(ge=1)]
-    """Passes over the list; more train longer."""
-    batch_size: Annotated[int, Field(ge=1)]
-    """Images per training step."""
     learning_rate: Positive
     """Adam's learning rate of the backbone; it is constant."""
     head_learning_rate: Positive
@@ -92,18 +88,6 @@ class AmnSettings(HostSettings):
     """Probability that a feature element is set to zero in training."""
     dilations: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(min_length=1)]
     """Dilations of the head's parallel 3 x 3 convolutions; larger ones see more context."""
-    foreground_threshold: Fraction
-    """LPCAM threshold of the sure foreground in the teacher's masks; a CRF cleans them."""
-    background_threshold: Fraction
-    """LPCAM threshold of the sure background; pixels between the two are ignored."""
-    cam_foreground_threshold: Fraction
-    """``foreground_threshold`` for CAM."""
-    cam_background_threshold: Fraction
-    """``background_threshold`` for CAM."""
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Scales at which each image is mapped; the logits are averaged. More take more time."""
-    flip: bool
-    """Whether the mirrored image is mapped too."""
     gate: bool
     """Whether probabilities are not stretched on the teacher's background (section 4)."""
     reading: Literal["teacher", "features"]
@@ -111,8 +95,6 @@ class AmnSettings(HostSettings):
     masks train AMN, and prototypes of its features map the image (Reading B)."""
     conditioned: bool
     """Whether Reading B uses the features after the label conditioning."""
-    threshold: Fraction
-    """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
 class Amn(HostNetwork):
@@ -216,7 +198,7 @@ def export_maps(
 
     def planes(target: tuple[int, int]) -> Tensor:
         found = _mean_at(logits, target).softmax(0)[kept]
-        return _gated(found, normalize(found, "minmax", EPSILON), seed, size)
+        return _gated(found, normalize(found, "minmax", EPSILON), seed)
 
     return FusedMaps(planes(quarter_size(size)), planes(size))
 
@@ -234,7 +216,7 @@ def _lpcam_maps(
         found = _mean_at(maps, target)
         stretched = normalize(found, "max")
         # A cosine difference reaches 2; the plane is then divided by more than 1 everywhere.
-        return _gated(torch.minimum(found, stretched), stretched, seed, size)
+        return _gated(torch.minimum(found, stretched), stretched, seed)
 
     return FusedMaps(planes(quarter_size(size)), planes(size))
 
@@ -262,15 +244,10 @@ def _mean_at(maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
     return total / len(maps)
 
 
-def _gated(planes: Tensor, stretched: Tensor, seed: Tensor | None, size: tuple[int, int]) -> Tensor:
-    """The stretched planes, but the plain ones where a seed of the image's size is background."""
+def _gated(planes: Tensor, stretched: Tensor, seed: Tensor | None) -> Tensor:
+    """The stretched planes, but the plain ones where the seed mask is background."""
     if seed is None:
         return stretched
-    if tuple(seed.shape) != size:
-        raise DataError(
-            f"the labels that gate the maps have {tuple(seed.shape)} pixels but the image {size}; "
-            "make the labels again"
-        )
     sure = reduce_labels(seed, planes.shape[-2:]).to(planes.device) == BACKGROUND
     return torch.where(sure, planes, stretched)
 
@@ -283,7 +260,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
     network = Amn
     map_fields = frozenset({"scales", "flip", "gate"})
     prototype_fields = frozenset({"reading", "conditioned"})
-    mask_fields = frozenset(n for n in AmnSettings.model_fields if n.endswith("ground_threshold"))
+    mask_fields = frozenset(TernarySettings.model_fields) - {"preset"}
 
     def arms(self, section: HostSection) -> list[Arm]:
         """Maps of a network for each base; in Reading B one network, with prototypes for LPCAM."""
@@ -292,9 +269,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
         return [Arm(a.title, a.base, a.folder) for a in super().arms(section)]
 
     def mask_thresholds(self, settings: AmnSettings, base: Base) -> tuple[float, float]:
-        if base == "CAM":
-            return settings.cam_foreground_threshold, settings.cam_background_threshold
-        return settings.foreground_threshold, settings.background_threshold
+        return settings.ternary_thresholds(base)
 
     def build(
         self, backbone: BackboneSpec, names: Sequence[str], settings: AmnSettings, **first: Any
@@ -399,7 +374,6 @@ class _AmnHost(Host[AmnSettings, Amn]):
 
         Dropout is off; the released program leaves it on (section 3).
         """
-        check_labels(view.labels, len(network.classes))
         if settings.gate and view.mask is None:
             raise DataError(
                 "the image has no labels, which say where its maps are not stretched; make them, "

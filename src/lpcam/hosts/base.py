@@ -21,9 +21,9 @@ from lpcam.data.dataset import ClassTable, Item
 from lpcam.method.functional import FusedMaps
 from lpcam.method.settings import LpcamSettings
 from lpcam.refine.base import shallow_copy
-from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.registry import Registry
-from lpcam.runtime.settings import PresetModel, RecipePath
+from lpcam.runtime.settings import Fraction, Positive, PresetModel, RecipePath
 from lpcam.training.loop import History, TrainingOptions
 from lpcam.training.released import Released
 from lpcam.training.saved_network import SavedNetwork
@@ -82,6 +82,17 @@ class HostSettings(PresetModel):
     """Settings of a host."""
 
     threshold: float
+    """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
+
+
+class ScaledSettings(HostSettings):
+    """Settings of a host that maps an image at several scales."""
+
+    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    """Scales at which each image is mapped; their results are joined. More take more time."""
+    flip: bool
+    """Whether the mirrored image is mapped too."""
+    threshold: Fraction
     """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
@@ -256,14 +267,6 @@ class HostNetwork(SavedNetwork):
         twin = shallow_copy(self)
         twin.classifier = self.classifier.folded()
         return twin
-
-
-def check_labels(labels: Sequence[int], count: int) -> None:
-    """Raise a DataError if a label is not one of ``count`` classes of a network."""
-    if wrong := [label for label in labels if not 0 <= label < count]:
-        raise DataError(
-            f"labels {wrong} are not classes of the network; expected indices from 0 to {count - 1}"
-        )
 
 
 def check_finite(values: Tensor, source: str) -> None:

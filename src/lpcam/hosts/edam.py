@@ -45,21 +45,20 @@ from lpcam.hosts.base import (
     HostData,
     HostNetwork,
     HostSection,
-    HostSettings,
+    ScaledSettings,
     View,
     check_finite,
-    check_labels,
 )
 from lpcam.method.functional import FusedMaps, fuse_scales, unflip
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
-from lpcam.training.optim import freeze, names_below, poly, sgd
+from lpcam.training.optim import SgdRates, freeze, names_below, poly, sgd
 from lpcam.training.released import WIDERESNET38, Released
 
 
-class EdamSettings(HostSettings):
+class EdamSettings(ScaledSettings, SgdRates):
     """EDAM's network: class masks, and attention over pairs of images (specification of EDAM)."""
 
     table: ClassVar[str] = "edam"
@@ -73,12 +72,6 @@ class EdamSettings(HostSettings):
     """Learning rate of the backbone and the transformers."""
     head_multiplier: Positive
     """Factor of the learning rate of the new convolutions."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Momentum of SGD; a larger one averages over more steps."""
-    weight_decay: Annotated[float, Field(ge=0.0)]
-    """L2 penalty on all trained weights; a larger one keeps them smaller."""
-    power: Annotated[float, Field(ge=0.0)]
-    """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
     warmup: Annotated[int, Field(ge=0)]
     """Number of first steps in which the learning rate rises linearly; 0 turns it off."""
     warmup_factor: Fraction
@@ -99,12 +92,6 @@ class EdamSettings(HostSettings):
     """Number of hidden channels in the transformers' feed-forward part."""
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)]
     """Probability that an activation in a transformer is set to zero in training."""
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Scales at which each image is mapped; the maps are summed. More scales take more time."""
-    flip: bool
-    """Whether the mirrored image is mapped too."""
-    threshold: Fraction
-    """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -452,7 +439,6 @@ class _EdamHost(Host[EdamSettings, Edam]):
         self, network: Edam, view: View, settings: EdamSettings, vectors: Tensor | None
     ) -> FusedMaps:
         """The masks M, summed over scales and mirror images, over their maximum (section 3)."""
-        check_labels(view.labels, len(network.classes))
         network.eval()
         maps, chosen, scales = [], list(view.labels), settings.scales
         for pair in image_pyramid(network.classifier, view.image[None], scales, flip=settings.flip):

@@ -35,7 +35,7 @@ from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.data.images import resize_image
 from lpcam.data.resize import quarter_size, resize, scaled_size
-from lpcam.hosts.base import Host, HostData, HostSection, View, check_finite, check_labels
+from lpcam.hosts.base import Host, HostData, HostSection, View, check_finite
 from lpcam.hosts.mctformer_network import (
     Attended,
     Mctformer,
@@ -221,6 +221,7 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
     holds_out = True
     map_fields = frozenset({"scales", "flip", "attention_blocks", "fusion", "affinity"})
     prototype_fields = frozenset({"split_maps"})
+    build = staticmethod(build_mctformer)
 
     def check(self, section: HostSection) -> None:
         if section.backbone is None:
@@ -233,15 +234,6 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
                 )
             if section.settings.split_maps == "patch":
                 raise ValueError("mctformer.split_maps patch needs version v2")
-
-    def build(
-        self,
-        backbone: BackboneSpec,
-        names: Sequence[str],
-        settings: MctformerSettings,
-        **first: Any,
-    ) -> Mctformer:
-        return build_mctformer(backbone, names, settings, **first)
 
     def released(self) -> Sequence[Released]:
         """The files of V1, whose linear head is unused, and of V2."""
@@ -366,7 +358,6 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
 
         With vectors LPCAM of the patch tokens replaces PatchCAM; V1 has neither.
         """
-        check_labels(view.labels, len(network.classes))
         views = _views(network, view.image, settings.scales, settings)
         maps = [_refined(each, view.labels, settings, vectors) for each in views]
         sizes = (quarter_size(view.size), view.size)

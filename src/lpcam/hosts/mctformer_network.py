@@ -33,14 +33,15 @@ from lpcam.classifiers.classifier import (
     check_backbone,
     read_weights,
 )
-from lpcam.hosts.base import HostSettings
+from lpcam.hosts.base import ScaledSettings
 from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.segmentation.networks.base import load_fitting, preprocessing_with
+from lpcam.training.optim import EpochSettings
 from lpcam.training.saved_network import SavedNetwork
 
 
-class MctformerSettings(HostSettings):
+class MctformerSettings(EpochSettings, ScaledSettings):
     """MCTformer: a vision transformer with a token for each class (specification of MCTformer)."""
 
     table: ClassVar[str] = "mctformer"
@@ -48,10 +49,6 @@ class MctformerSettings(HostSettings):
 
     version: Literal["v1", "v2"]
     """Model. ``v1``: class tokens only. ``v2``: also PatchCAM, a convolution on patch tokens."""
-    epochs: Annotated[int, Field(ge=1)]
-    """Passes over the list; more train longer."""
-    batch_size: Annotated[int, Field(ge=1)]
-    """Images per training step."""
     learning_rate: Positive
     """AdamW's learning rate after the warm-up."""
     warmup_epochs: Annotated[int, Field(ge=0)]
@@ -82,14 +79,8 @@ class MctformerSettings(HostSettings):
     """Fusion of class attention with PatchCAM; ``square_root`` is MCTformer+'s."""
     affinity: bool
     """Whether the attention between patches refines the map; it needs a well-trained network."""
-    scales: Annotated[tuple[Positive, ...], Field(min_length=1)]
-    """Scales at which each image is mapped; the maps are summed. More scales take more time."""
-    flip: bool
-    """Whether the mirrored image is mapped too."""
     split_maps: Literal["refined", "patch"]
     """Map that splits foreground from context for the prototypes; ``patch`` is PatchCAM."""
-    threshold: Fraction
-    """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
 STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
@@ -348,13 +339,9 @@ def _plain(model: nn.Module) -> VisionTransformer:
 
 def build_mctformer(
     backbone: BackboneSpec,
-    classes: Sequence[str],
+    names: Sequence[str],
     settings: MctformerSettings,
-    *,
-    weights: str | Path,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    seed: int = 0,
+    **first: Any,
 ) -> Mctformer:
     """Build MCTformer on a vision transformer of timm (section 1); see :meth:`Host.build`.
 
@@ -363,20 +350,22 @@ def build_mctformer(
     arguments are timm's, and ``stem``, timm's name of a convolutional backbone that makes the patch
     tokens, with its ``stem_arguments``; the weights are then the stem's.
     """
+    weights = str(first["weights"])
     decay = settings.ranking_decay if settings.pooling == "ranked" else 1.0
     options = (settings.crop, settings.drop_path, settings.version, decay)
     spec = MctformerSpec(backbone.name, dict(backbone.arguments), *options)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(first.get("seed", 0))
         if STEM in spec.arguments:
-            network = Mctformer(spec, classes, stem_weights=str(weights))
+            network = Mctformer(spec, names, stem_weights=weights)
         else:
-            network = Mctformer(spec, classes)
-            if str(weights) == PRETRAINED:
+            network = Mctformer(spec, names)
+            if weights == PRETRAINED:
                 _load(network, _transformer(spec, pretrained=True).state_dict(), PRETRAINED)
-            elif str(weights) != RANDOM:
-                _load(network, read_weights(Path(weights)), str(weights))
-    network.preprocessing = preprocessing_with(network.preprocessing, mean, std)
+            elif weights != RANDOM:
+                _load(network, read_weights(Path(weights)), weights)
+    own = network.preprocessing
+    network.preprocessing = preprocessing_with(own, first.get("mean"), first.get("std"))
     return network
 
 

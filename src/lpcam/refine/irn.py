@@ -37,7 +37,7 @@ from lpcam.refine.base import (
 )
 from lpcam.refine.irn_network import Irn, build_irn
 from lpcam.refine.pair_network import PairSettings, train_on_pairs
-from lpcam.refine.ternary import ternary_key, ternary_labeller
+from lpcam.refine.ternary import TernarySettings, ternary_key, ternary_labeller
 from lpcam.refine.walk import (
     EPSILON,
     STRIDE,
@@ -55,7 +55,7 @@ from lpcam.training.loop import History
 from lpcam.training.released import RESNET50, RESNET50_COPIES, Released
 
 
-class IrnSettings(PairSettings):
+class IrnSettings(PairSettings, TernarySettings):
     """How IRN's boundaries are learned and maps walked (specification of IRN, sections 3 to 8)."""
 
     table: ClassVar[str] = "irn"
@@ -72,16 +72,8 @@ class IrnSettings(PairSettings):
     """Distance, in cells of 4 pixels, below which two cells are a pair in the walk."""
     sharpness: Positive
     """Exponent of the maps before the walk; a larger one favours high values."""
-    foreground_threshold: Fraction
-    """Seed threshold of the sure foreground in the labels; a CRF cleans the seeds."""
-    background_threshold: Fraction
-    """Seed threshold of the sure background; pixels between the two are ignored."""
     threshold: Fraction
     """Threshold of the pseudo masks, as a fraction of the maximum of an image's walked maps."""
-    cam_foreground_threshold: Fraction
-    """``foreground_threshold`` for CAM."""
-    cam_background_threshold: Fraction
-    """``background_threshold`` for CAM."""
     cam_threshold: Fraction
     """``threshold`` for CAM."""
 
@@ -89,10 +81,6 @@ class IrnSettings(PairSettings):
     def _check(self) -> Self:
         if self.scale[0] > self.scale[1]:
             raise ValueError(f"scale {list(self.scale)} must be a range: the smaller first")
-        for kind in ("", "cam_"):
-            high, low = f"{kind}foreground_threshold", f"{kind}background_threshold"
-            if getattr(self, high) < getattr(self, low):
-                raise ValueError(f"{high} must not be below {low}")
         return self
 
 
@@ -215,17 +203,19 @@ class _IrnRefinement(LearnedRefinement):
         check_label_crf(section)
 
     def threshold(self, section: RefineSection, source: Source) -> float:
-        return _thresholds(section, source)[2]
+        settings = section.settings
+        masks: float = settings.cam_threshold if source.method == "CAM" else settings.threshold
+        return masks
 
     def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
         return section.model_dump(mode="json", include={"method", "irn", "crf"})
 
     def label_key(self, job: Job) -> Mapping[str, Any]:
-        thresholds = _thresholds(job.section, job.source)[:2]
+        thresholds = job.settings.ternary_thresholds(job.source.method)
         return ternary_key(job.section.label_crf, thresholds, job.tools.classes)
 
     def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
-        thresholds, tools = _thresholds(job.section, job.source)[:2], job.tools
+        thresholds, tools = job.settings.ternary_thresholds(job.source.method), job.tools
         return ternary_labeller(job.section.label_crf, tools.memory, thresholds, tools.classes)
 
     def released(self) -> Sequence[Released]:
@@ -297,14 +287,6 @@ class _IrnRefinement(LearnedRefinement):
             return _divided(walked), full
 
         return refine
-
-
-def _thresholds(section: RefineSection, source: Source) -> tuple[float, float, float]:
-    """Thresholds for maps of one kind: sure foreground, sure background, pseudo masks."""
-    kind = "cam_" if source.method == "CAM" else ""
-    names = ("foreground_threshold", "background_threshold", "threshold")
-    high, low, masks = (getattr(section.settings, f"{kind}{name}") for name in names)
-    return high, low, masks
 
 
 REFINEMENT = _IrnRefinement()

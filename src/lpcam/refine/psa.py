@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from lpcam.classifiers.classifier import (
     NO_CLASSES,
@@ -233,9 +233,11 @@ def feature_distances(features: Tensor, radius: int) -> Iterator[tuple[Offset, T
     """Yield mean |f_i - f_j| (B, rows, columns) of pairs of a window, by offset; differentiable."""
     window = source_window(features.shape[-2], features.shape[-1], radius)
     if features[..., *window].numel():
-        offsets = pair_offsets(radius)
-        partners = [partner_window(window, offset) for offset in offsets]
-        yield from zip(offsets, _Distances.apply(features, window, partners), strict=True)
+        for offset in pair_offsets(radius):
+            # the backward pass computes the differences again, to save memory
+            partner = partner_window(window, offset)
+            found = checkpoint(_distance, features, window, partner, use_reentrant=False)
+            yield offset, found
 
 
 def _distance(features: Tensor, own: Window, partner: Window) -> Tensor:
@@ -244,33 +246,6 @@ def _distance(features: Tensor, own: Window, partner: Window) -> Tensor:
     for part in parts[1:]:
         total += (part[:, :, *partner] - part[:, :, *own]).abs_().sum(1)
     return total.div_(features.shape[1])
-
-
-class _Distances(torch.autograd.Function):
-    """All distances at once; the backward pass recomputes the differences to save memory."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, features: Tensor, own: Window, partners: Sequence[Window]
-    ) -> tuple[Tensor, ...]:
-        ctx.save_for_backward(features)
-        ctx.windows = own, partners
-        return tuple(_distance(features, own, partner) for partner in partners)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        (features,) = ctx.saved_tensors
-        own, partners = ctx.windows
-        total = torch.zeros_like(features)
-        shares = [(gradient / features.shape[1])[:, None] for gradient in gradients]
-        parts, changes = (torch.split(x, CHANNELS_A_TIME, 1) for x in (features, total))
-        for part, into in zip(parts, changes, strict=True):
-            for partner, share in zip(partners, shares, strict=True):
-                change = (part[:, :, *partner] - part[:, :, *own]).sign_().mul_(share)
-                into[:, :, *partner] += change
-                into[:, :, *own] -= change
-        return total, None, None
 
 
 def walk_affinities(features: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:

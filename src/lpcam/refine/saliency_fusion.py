@@ -19,7 +19,6 @@ from lpcam.refine.saliency_maps import (
     saliency,
     saliency_maximum,
 )
-from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import digest_file, digest_json
 from lpcam.runtime.settings import PresetModel
 
@@ -60,16 +59,6 @@ def saliency_labels(scores: Tensor, saliency: Tensor, settings: SaliencySettings
     salient is background unless a class has more than ``beta``. A salient pixel has the best class
     unless all have less than ``alpha``. The first of equal classes wins.
     """
-    if scores.ndim != 3 or not scores.is_floating_point() or not bool(scores.isfinite().all()):
-        raise DataError(
-            f"maps are {scores.dtype} {tuple(scores.shape)}; expected finite floating-point "
-            "numbers of the shape (classes, height, width)"
-        )
-    if saliency.dtype != torch.uint8 or saliency.shape != scores.shape[1:]:
-        raise DataError(
-            f"the saliency map is {saliency.dtype} {tuple(saliency.shape)}; expected grey levels "
-            f"of the maps' size, uint8 {tuple(scores.shape[1:])}: read it with read_saliency"
-        )
     # alpha and beta of posteriors are nearer to 0 and 1 than half precision can represent
     wide = scores.to(compute_dtype(scores))
     below = torch.where(wide < settings.alpha, NEVER, wide)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
+from pydantic import model_validator
 from torch import Tensor
 
 from lpcam.data.dataset import IGNORE, ClassTable
@@ -14,6 +15,35 @@ from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.refine.base import Picture
 from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.runtime.settings import Fraction, PresetModel
+
+
+class TernarySettings(PresetModel):
+    """Thresholds of the ternary labels that a network learns from."""
+
+    foreground_threshold: Fraction
+    """Seed threshold of the sure foreground in the labels; a CRF cleans the seeds."""
+    background_threshold: Fraction
+    """Seed threshold of the sure background; pixels between the two are ignored."""
+    cam_foreground_threshold: Fraction
+    """``foreground_threshold`` for CAM."""
+    cam_background_threshold: Fraction
+    """``background_threshold`` for CAM."""
+
+    @model_validator(mode="after")
+    def _check_thresholds(self) -> Self:
+        for method, kind in (("", ""), ("CAM", "cam_")):
+            high, low = self.ternary_thresholds(method)
+            if high < low:
+                both = f"{kind}foreground_threshold {high}", f"{kind}background_threshold {low}"
+                raise ValueError(" must not be below ".join(both))
+        return self
+
+    def ternary_thresholds(self, method: str) -> tuple[float, float]:
+        """Thresholds (foreground, background) of a method's maps, such as those of ``CAM``."""
+        if method == "CAM":
+            return self.cam_foreground_threshold, self.cam_background_threshold
+        return self.foreground_threshold, self.background_threshold
 
 
 def crf_labels(

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from functools import cache, reduce
-from itertools import combinations
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ Window = tuple[slice, slice]  #: Rows and columns of the grid.
 STRIDE = 4  #: Pixels per cell of IRN's grid.
 EPSILON = 1e-5
 """Added to each logarithm's argument and each mean's denominator of a loss over pairs."""
-PIECES_TRIED = 30  #: Number of the longest pieces of a path of which all pairs are tried.
 
 
 @cache
@@ -95,13 +93,8 @@ def _plan(radius: int) -> tuple[tuple[Offset, tuple[tuple[Offset, Offset], ...]]
 def _cover(
     whole: frozenset[Offset], pieces: dict[tuple[Offset, Offset], frozenset[Offset]]
 ) -> tuple[tuple[Offset, Offset], ...]:
-    """A few pieces whose union is the whole: one or two if possible, else chosen greedily."""
+    """A few pieces whose union is the whole, chosen greedily, the largest first."""
     largest = sorted(pieces, key=lambda piece: (-len(pieces[piece]), piece))
-    if pieces[largest[0]] == whole:
-        return (largest[0],)
-    for pair in combinations(largest[:PIECES_TRIED], 2):
-        if pieces[pair[0]] | pieces[pair[1]] == whole:
-            return pair
     chosen, left = [], whole
     while left:
         chosen.append(max(largest, key=lambda piece: len(pieces[piece] & left)))

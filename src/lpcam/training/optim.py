@@ -14,19 +14,28 @@ from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.settings import PresetModel
 
 
-class SgdSettings(PresetModel):
-    """Settings of training by SGD for a number of epochs."""
+class EpochSettings(PresetModel):
+    """Length and step of a training."""
 
     epochs: Annotated[int, Field(ge=1)]
     """Passes over the list; more train longer."""
     batch_size: Annotated[int, Field(ge=1)]
     """Images per training step."""
+
+
+class SgdRates(PresetModel):
+    """Settings of SGD."""
+
     momentum: Annotated[float, Field(ge=0.0, lt=1.0)]
     """Momentum of SGD; a larger one averages over more steps."""
     weight_decay: Annotated[float, Field(ge=0.0)]
     """L2 penalty on every trained weight; a larger one keeps weights smaller."""
     power: Annotated[float, Field(ge=0.0)]
     """Power p of the poly schedule lr (1 - t/T)^p; a larger one lowers the rate sooner."""
+
+
+class SgdSettings(EpochSettings, SgdRates):
+    """Settings of training by SGD for a number of epochs."""
 
 
 def poly(step: int, steps: int, power: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, Required, TypedDict, Unpack
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Preprocessing, misfit, refuse_not_finite
 from lpcam.runtime.errors import ClassifierError
-from lpcam.training.optim import FrozenStatistics, batch_norms
 
 Option = Literal["backbone", "output_stride", "pyramid"]
 
@@ -76,13 +75,17 @@ class SegmentationNetwork(Protocol):
         """
 
 
-class FrozenNorms(FrozenStatistics):
-    """A network whose batch norms keep their statistics, weights and biases."""
-
-    def freeze_norms(self) -> None:
-        """Stop the gradients of all batch norms."""
-        for norm in batch_norms(self):
-            norm.requires_grad_(False)
+def grouped(network: nn.Module, undecayed: Collection[str] = ()) -> dict[str, list[nn.Parameter]]:
+    """The trained parameters of ``backbone`` and of the rest, and names that have no decay."""
+    groups: dict[str, list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if name.startswith("backbone."):
+            group = "no_decay" if name in undecayed else "backbone"
+        else:
+            group = "head_bias" if name.endswith("bias") else "head"
+        if parameter.requires_grad:
+            groups.setdefault(group, []).append(parameter)
+    return groups
 
 
 def load_fitting(

@@ -29,12 +29,13 @@ from lpcam.data.resize import resize
 from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks.base import (
     First,
-    FrozenNorms,
     Option,
     SegmenterSpec,
+    grouped,
     load_fitting,
     preprocessing_with,
 )
+from lpcam.training.optim import FrozenStatistics, freeze
 
 logger = logging.getLogger(__name__)
 CAFFE = "resnet101_caffe"  #: Name of the backbone that timm does not have.
@@ -149,7 +150,7 @@ class Aspp(nn.Module):
         return logits
 
 
-class DeepLabV2(FrozenNorms):
+class DeepLabV2(FrozenStatistics):
     """A backbone of ``channels`` features and :class:`Aspp` at scales; batch norms are frozen."""
 
     def __init__(
@@ -159,7 +160,7 @@ class DeepLabV2(FrozenNorms):
         self.backbone = backbone
         self.aspp = Aspp(channels, labels)
         self.pyramid = tuple(pyramid)
-        self.freeze_norms()
+        freeze(self, (), norms=True)
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
@@ -175,19 +176,9 @@ class DeepLabV2(FrozenNorms):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters; ``no_decay``: of the backbone, vectors and what timm excludes."""
-        head = list(self.aspp.named_parameters())
-        groups: dict[str, list[nn.Parameter]] = {
-            "backbone": [],
-            "no_decay": [],
-            "head": [p for name, p in head if name.endswith("weight")],
-            "head_bias": [p for name, p in head if name.endswith("bias")],
-        }
-        named: frozenset[str] = getattr(self.backbone, "no_decay", frozenset())
-        for name, parameter in self.backbone.named_parameters():
-            if parameter.requires_grad:
-                free = parameter.ndim <= 1 or name in named
-                groups["no_decay" if free else "backbone"].append(parameter)
-        return groups
+        excluded: frozenset[str] = getattr(self.backbone, "no_decay", frozenset())
+        vectors = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
+        return grouped(self, vectors | {f"backbone.{name}" for name in excluded})
 
     def _logits(self, images: Tensor) -> list[Tensor]:
         """Logits of scale 1 and of each further scale, each in its size."""

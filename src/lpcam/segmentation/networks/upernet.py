@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple, Unpack
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from lpcam.segmentation.networks.base import (
     First,
     Option,
     SegmenterSpec,
+    grouped,
     load_fitting,
     preprocessing_with,
 )
@@ -33,20 +34,12 @@ AUXILIARY_WEIGHT = 0.4  #: Weight of the auxiliary head's loss.
 DROPOUT = 0.1  #: Rate of the dropout of whole channels before both classifiers.
 
 
-class SwinSize(NamedTuple):
-    """A size of Swin and the name of its ImageNet weights."""
-
-    embed_dim: int
-    depths: tuple[int, ...]
-    num_heads: tuple[int, ...]
-    checkpoint: str
-
-
-SIZES = {
-    "tiny": SwinSize(96, (2, 2, 6, 2), (3, 6, 12, 24), "microsoft/swin-tiny-patch4-window7-224"),
-    "small": SwinSize(96, (2, 2, 18, 2), (3, 6, 12, 24), "microsoft/swin-small-patch4-window7-224"),
-    "base": SwinSize(128, (2, 2, 18, 2), (4, 8, 16, 32), "microsoft/swin-base-patch4-window7-224"),
+SIZES: dict[str, dict[str, Any]] = {
+    "tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24)},
+    "small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24)},
+    "base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32)},
 }
+CHECKPOINT = "microsoft/swin-{}-patch4-window7-224"  #: ImageNet weights of a size on the hub.
 SWIN_ARGUMENTS = ("depths", "drop_path", "embed_dim", "num_heads", "window_size")
 ARGUMENTS = (*SWIN_ARGUMENTS, "auxiliary_channels", "channels", "checkpoint")
 
@@ -85,21 +78,10 @@ class UperNetSwin(nn.Module):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters; ``no_decay`` are the Swin's norms and position tables."""
-        groups: dict[str, list[nn.Parameter]] = {
-            name: [] for name in ("backbone", "head", "head_bias", "no_decay")
-        }
-        norms = tuple(name for name, m in self.named_modules() if isinstance(m, nn.LayerNorm))
-        for full, parameter in self.named_parameters():
-            module, _, name = full.rpartition(".")
-            if module in norms or name == "relative_position_bias_table":
-                group = "no_decay"
-            elif full.startswith("backbone."):
-                group = "backbone"
-            else:
-                group = "head_bias" if name == "bias" else "head"
-            if parameter.requires_grad:
-                groups[group].append(parameter)
-        return groups
+        names = [name for name, _ in self.named_parameters()]
+        norms = {name for name, m in self.named_modules() if isinstance(m, nn.LayerNorm)}
+        tables = {name for name in names if name.endswith("relative_position_bias_table")}
+        return grouped(self, tables | {n for n in names if n.rpartition(".")[0] in norms})
 
 
 class _Classifier(nn.Conv2d):
@@ -151,7 +133,7 @@ class UperNetNetwork:
         self.check(spec, weights)
         transformers = importlib.import_module("transformers")
         size, chosen = spec.backbone, dict(spec.arguments)
-        checkpoint = str(chosen.pop("checkpoint", SIZES[size].checkpoint))
+        checkpoint = str(chosen.pop("checkpoint", CHECKPOINT.format(size)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(first.get("seed", 0))
             try:
@@ -169,7 +151,7 @@ class UperNetNetwork:
 
 
 def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]) -> Any:
-    swin = {**SIZES[size]._asdict(), **chosen}
+    swin = {**SIZES[size], **chosen}
     depths, heads = list(swin["depths"]), list(swin["num_heads"])
     if not len(depths) == len(heads) == 4:
         raise ValueError(f"depths {depths} and num_heads {heads} must have 4 numbers each")

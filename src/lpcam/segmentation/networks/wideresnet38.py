@@ -23,19 +23,20 @@ from lpcam.classifiers.wideresnet38 import WideResNet38
 from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks.base import (
     First,
-    FrozenNorms,
     Option,
     SegmenterSpec,
+    grouped,
     load_fitting,
     preprocessing_with,
 )
+from lpcam.training.optim import FrozenStatistics, freeze
 
 BACKBONE = "wideresnet38"
 HIDDEN = 512  #: Channels between the two convolutions of the head.
 DILATION = 12  #: Dilation of both convolutions.
 
 
-class WideResNet38LargeFov(FrozenNorms):
+class WideResNet38LargeFov(FrozenStatistics):
     """Two dilated 3 x 3 convolutions on WideResNet-38, whose first one and norms are frozen."""
 
     def __init__(self, backbone: WideResNet38, labels: int, *, hidden: int = HIDDEN) -> None:
@@ -45,7 +46,7 @@ class WideResNet38LargeFov(FrozenNorms):
         self.fc2 = nn.Conv2d(hidden, labels, 3, padding=DILATION, dilation=DILATION)
         for layer in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(layer.weight)
-        self.freeze_norms()
+        freeze(self, (), norms=True)
         self.backbone.conv1a.requires_grad_(False)
         self.eval()
 
@@ -60,12 +61,7 @@ class WideResNet38LargeFov(FrozenNorms):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters: ``backbone``, ``head`` (weights) and ``head_bias``."""
-        head = [*self.fc1.named_parameters(), *self.fc2.named_parameters()]
-        return {
-            "backbone": [p for p in self.backbone.parameters() if p.requires_grad],
-            "head": [p for name, p in head if name == "weight"],
-            "head_bias": [p for name, p in head if name == "bias"],
-        }
+        return grouped(self)
 
 
 class WideResNet38Network:
