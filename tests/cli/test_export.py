@@ -139,7 +139,7 @@ def test_what_a_run_does_not_have(
     for words, message in (
         (["masks", run, out, "--format", "voc", "--from", "pseudo/x"], "'pseudo/x'; it has seeds"),
         (["maps", run, out, "--format", "irn", "--from", "x"], "no maps 'x'; it has lpcam, cam"),
-        (["maps", str(tmp_path), out, "--format", "irn"], "neither a run"),
+        (["maps", str(tmp_path), out, "--format", "irn"], "holds no run"),
         (["onnx", str(tmp_path), out], "holds no run"),
         (["segmenter", run, out, "--trained-on", "truth"], "there are: lpcam"),
     ):

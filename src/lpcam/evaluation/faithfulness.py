@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from lpcam.runtime.errors import DataError
 
@@ -37,18 +37,13 @@ def filled(images: Tensor, fill: Fill) -> Tensor:
         return images.mean((-2, -1), keepdim=True).expand_as(images)
     if fill != "blur":
         raise DataError(f"fill is {fill!r}; expected zero, mean or blur")
-    reach = BLUR_SIZE // 2
-    if min(images.shape[-2:]) <= reach:
+    if min(images.shape[-2:]) <= BLUR_SIZE // 2:
         raise DataError(
             f"images of {images.shape[-2]} x {images.shape[-1]} pixels are too small for a blur "
             f"of {BLUR_SIZE}; use the fill 'mean'"
         )
-    offsets = torch.arange(-reach, reach + 1, dtype=images.dtype, device=images.device)
-    kernel = torch.exp(-(offsets**2) / (2 * BLUR_SIGMA**2))
-    kernel = kernel / kernel.sum()
-    planes = F.pad(images.flatten(0, 1)[:, None], (reach, reach, reach, reach), mode="reflect")
-    blurred = F.conv2d(F.conv2d(planes, kernel.view(1, 1, 1, -1)), kernel.view(1, 1, -1, 1))
-    return blurred.view_as(images)
+    blurred: Tensor = gaussian_blur(images, [BLUR_SIZE, BLUR_SIZE], [BLUR_SIGMA, BLUR_SIGMA])
+    return blurred
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision.ops import box_iou
 
 from lpcam.data.dataset import IGNORE
 from lpcam.method.objects import component_boxes
@@ -48,15 +49,6 @@ def truth_boxes(truth: Tensor) -> Tensor:
         [[0, 0, 2, 1]]
     """
     return torch.from_numpy(component_boxes(truth == 1))
-
-
-def box_iou(first: Tensor, second: Tensor) -> Tensor:
-    """IoU of boxes (A, 4) with boxes (B, 4) of x0, y0, x1, y1: float64 (A, B)."""
-    a, b = first.double()[:, None], second.double()[None]
-    sides = torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])
-    shared = sides.clamp(min=0).prod(-1)
-    union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
-    return shared / union
 
 
 @dataclass(frozen=True)
@@ -116,7 +108,7 @@ class BoxAccuracy:
             plane, top, left = plane[place], top + int(rows[0]), left + int(columns[0])
             corner = np.array([left, top, left, top])
             found = torch.from_numpy(component_boxes(inside[place]) + corner)
-            best = box_iou(found, truth.cpu()).amax(1)
+            best = box_iou(found.double(), truth.cpu().double()).amax(1)
             ious[0, row], ious[1, row] = best[0], best.max()
         self.hits += ious >= torch.tensor(self.iou_thresholds, dtype=torch.float64)
         self.pairs += 1

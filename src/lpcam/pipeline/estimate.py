@@ -15,7 +15,6 @@ import torch
 
 from lpcam.classifiers.classifier import build
 from lpcam.classifiers.feature_store import FeatureStore
-from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.inspection import survey
 from lpcam.data.map_files import MapFile, map_path, write_maps
@@ -27,6 +26,7 @@ from lpcam.method.functional import FusedMaps
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.recipe import Recipe, load_recipe, parse_recipe
+from lpcam.pipeline.stages.maps import of_image
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.resources import available_memory, choose_device
 
@@ -120,8 +120,25 @@ def estimate_run(
         with tempfile.TemporaryDirectory() as folder:
             places = {item.id: Path(folder, str(place)) for place, item in enumerate(timed)}
 
+            @torch.inference_mode()
             def write(item: Item) -> int:
-                return _write(item, dataset, store, recipe, sizes[item.id], places[item.id])
+                """Make and write maps and seed of an image as a run does; bytes of the files."""
+                found = store.pairs([item], scales)
+                pairs = [of_image(pair, 0, mirrored=recipe.lpcam.flip) for pair in found]
+                size, place = sizes[item.id], places[item.id]
+                rows = classifier.weight[list(item.labels)]
+                keys = np.array(item.labels, dtype=np.int64)
+                # LPCAM and LPCAM-F are made together
+                both = lpcam_maps(pairs, torch.cat([rows, rows]), size)
+                lpcam, lpcam_f = map(FusedMaps, both.cam.chunk(2), both.high_res.chunk(2))
+                cam = cam_maps(pairs, rows, size, epsilon=recipe.lpcam.cam_epsilon)
+                for name, maps in (("cam", cam), ("lpcam", lpcam), ("lpcam_f", lpcam_f)):
+                    planes = (one.float().cpu().numpy() for one in (maps.cam, maps.high_res))
+                    file = MapFile(keys, *planes)
+                    write_maps(map_path(place, name), file, dtype=recipe.maps.dtype)
+                seed = seeds(lpcam.high_res, recipe.lpcam.threshold)
+                write_mask(place / "seed.png", to_mask(seed, keys, dataset.classes))
+                return sum(path.stat().st_size for path in place.iterdir())
 
             of_maps, making, written = _timed(write, timed, workers)
         budget = available_memory() // 2 if memory is None else memory
@@ -172,32 +189,3 @@ def _timed(
 
     results = list(ordered_map(function, source(), workers))
     return begun, time.perf_counter() - started, results
-
-
-@torch.inference_mode()
-def _write(
-    item: Item,
-    dataset: Dataset,
-    store: FeatureStore,
-    recipe: Recipe,
-    size: tuple[int, int],
-    place: Path,
-) -> int:
-    """Make and write the maps and the seed of an image as a run does; bytes of the files."""
-    settings = recipe.lpcam
-    pairs = [
-        FeaturePair(pair.features[0], None if pair.mirrored is None else pair.mirrored[0])
-        for pair in store.pairs([item], settings.scales)
-    ]
-    rows = store.classifier.weight[list(item.labels)]
-    keys = np.array(item.labels, dtype=np.int64)
-    # LPCAM and LPCAM-F are made together
-    both = lpcam_maps(pairs, torch.cat([rows, rows]), size)
-    lpcam, lpcam_f = map(FusedMaps, both.cam.chunk(2), both.high_res.chunk(2))
-    cam = cam_maps(pairs, rows, size, epsilon=settings.cam_epsilon)
-    for name, maps in (("cam", cam), ("lpcam", lpcam), ("lpcam_f", lpcam_f)):
-        file = MapFile(keys, maps.cam.float().cpu().numpy(), maps.high_res.float().cpu().numpy())
-        write_maps(map_path(place, name), file, dtype=recipe.maps.dtype)
-    seed = seeds(lpcam.high_res, settings.threshold)
-    write_mask(place / "seed.png", to_mask(seed, keys, dataset.classes))
-    return sum(path.stat().st_size for path in place.iterdir())

@@ -252,7 +252,7 @@ class RunFolder:
         """
         if (self / PREDICTED).is_file():
             return _predicted(self.path, name)
-        recipe = self._recipe_for_export()
+        recipe = self.load_recipe()
         patterns = ("pseudo/*", "seeds", "host-seeds/*", "test/*/crf", "test/*")
         chosen = self._chosen(name, "masks", patterns, ".png")
         stage: ListName = "test" if chosen.startswith("test/") else "maps"
@@ -281,7 +281,7 @@ class RunFolder:
         Raises:
             ArtefactError: if the folder has no such maps; the message lists those it has.
         """
-        recipe = self._recipe_for_export()
+        recipe = self.load_recipe()
         patterns = ("lpcam", "cam", "lpcam_f", "host-maps/*", "pseudo/*/maps")
         chosen = self._chosen(name, "maps", patterns, ".npz")
         dataset = read_dataset(recipe, ("maps",))
@@ -295,14 +295,6 @@ class RunFolder:
         present, missing = (tuple(one for one in there if there[one] is x) for x in (True, False))
         made_by = {"run": recipe.name, "maps": chosen}
         return Maps(chosen, folder, present, missing, dataset.classes, made_by)
-
-    def _recipe_for_export(self) -> Recipe:
-        if not self.recipe.is_file() or not self.index.is_file():
-            raise ArtefactError(
-                f"{self.path} holds neither a run nor what 'lpcam predict' wrote; give the folder "
-                "of one"
-            )
-        return load_recipe(self.recipe)
 
     def _chosen(self, name: str | None, what: str, patterns: tuple[str, ...], suffix: str) -> str:
         """The named result, or the first that there is; of several, LPCAM's."""

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -110,12 +110,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class _Identified(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-Identity = TypeVar("Identity", bound=_Identified)
+Identity = TypeVar("Identity", bound=Any)  #: Anything with an ``id``.
 
 
 @dataclass(frozen=True)

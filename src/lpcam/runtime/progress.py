@@ -20,16 +20,11 @@ Advance = Callable[[int, str], None]  #: Called with the number of steps done an
 def progress(label: str, total: int, *, done: int = 0) -> Iterator[Advance]:
     """Show the progress of ``total`` steps, of which ``done`` were finished by an earlier run."""
     if sys.stderr.isatty():
-        columns = (
-            "{task.description}",
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TimeElapsedColumn(),
-            "left",
-            bars.TimeRemainingColumn(),
-            "{task.fields[remark]}",
-        )
-        with bars.Progress(*columns, console=Console(stderr=True)) as bar:
+        usual = bars.Progress.get_default_columns()
+        remark = bars.TextColumn("{task.fields[remark]}")
+        with bars.Progress(
+            *usual, bars.MofNCompleteColumn(), remark, console=Console(stderr=True)
+        ) as bar:
             task = bar.add_task(label, total=total, completed=done, remark="")
             yield lambda steps, remark: bar.update(task, advance=steps, remark=remark)
         return

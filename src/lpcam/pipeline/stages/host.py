@@ -25,9 +25,10 @@ from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages.classify import validation
 from lpcam.pipeline.stages.maps import write_fused
 from lpcam.pipeline.stages.prototypes import BLANK, check_memory, make, selected_key
-from lpcam.pipeline.stages.refine import ternary_task
+from lpcam.pipeline.stages.refine import image_memory, label_task
 from lpcam.pipeline.stages.seeds import RESULTS, mask_task
 from lpcam.refine.crf import CrfSettings
+from lpcam.refine.ternary import ternary_key, ternary_labeller
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 from lpcam.training.loop import History
 from lpcam.training.saved_network import SavedNetwork
@@ -82,14 +83,15 @@ def write_masks(context: Context) -> Iterator[Task]:
     for name, base in _networks(context).items():
         thresholds = section.host.mask_thresholds(section.settings, base)
         if thresholds is not None:
-            label, source = f"masks for {section.host.title} from {base}", RESULTS[base]
-            yield ternary_task(
+            how = (thresholds, context.dataset.classes)
+            yield label_task(
                 context,
                 f"host-labels/{name}",
-                label,
-                context.results[source],
-                thresholds,
-                crf,
+                f"masks for {section.host.title} from {base}",
+                context.results[RESULTS[base]],
+                ternary_key(crf, *how),
+                mask_path,
+                partial(ternary_labeller, crf, image_memory(context), *how),
                 items,
             )
 

@@ -95,7 +95,7 @@ def _map_task(
                     continue
                 maps: Sequence[FusedMaps | None] = [None] * len(results)
                 if item.labels:
-                    mine = [_of_image(pair, row, mirrored=settings.flip) for pair in pairs]
+                    mine = [of_image(pair, row, mirrored=settings.flip) for pair in pairs]
                     size = context.sharing.sizes[item.id]
                     if max(size) > section.maximum_side:
                         size = scaled_size(*size, section.maximum_side / max(size))
@@ -137,7 +137,7 @@ def write_fused(context: Context, result: Result, item: Item, maps: FusedMaps | 
     )
 
 
-def _of_image(pair: FeaturePair, row: int, *, mirrored: bool) -> FeaturePair:
+def of_image(pair: FeaturePair, row: int, *, mirrored: bool) -> FeaturePair:
     """One image's features of a batch, with mirrored ones only where the maps use them."""
     other = pair.mirrored if mirrored else None
     return FeaturePair(pair.features[row], None if other is None else other[row])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -34,14 +33,11 @@ from lpcam.refine.base import (
     Source,
     Tools,
 )
-from lpcam.refine.crf import CrfSettings
-from lpcam.refine.ternary import ternary_key, ternary_labeller
 from lpcam.runtime.errors import ArtefactError, DataError, RecipeError
 from lpcam.runtime.files import digest_file, digest_json
 from lpcam.runtime.resources import memory_of_an_image
 from lpcam.training.loop import History
 
-logger = logging.getLogger(__name__)
 HIGHEST = 1.001  #: Largest value of a normalised map; rounding may exceed 1.
 GIVEN = "given"  #: Name of maps that another program made, in figures and folders.
 
@@ -61,45 +57,27 @@ def image_memory(context: Context) -> int | None:
     return memory_of_an_image(context.device, context.sharing.workers * context.processes.here)
 
 
-def _label_task(
+def label_task(
     context: Context,
     name: str,
     label: str,
-    maps: Path,
-    key: str,
+    source: Source | Result,
     parts: Record,
     path: FileOf,
     labeller: Callable[[], Callable[[Picture, Path], None]],
     items: Sequence[Item],
 ) -> Task:
-    """A task that writes a file of labels for every image from maps with a cache key."""
+    """A task that writes a file of labels for every image from the maps of a source."""
 
     def start(result: Result) -> Callable[[Item], None]:
         write = labeller()
-        return lambda item: write(_picture(context, item, maps), path(result.folder, item.id))
+        return lambda item: write(
+            _picture(context, item, source.folder), path(result.folder, item.id)
+        )
 
     maximum_side = context.recipe.maps.maximum_side
-    parts = {"revision": 1, "maps": key, **parts, "maximum_side": maximum_side}
+    parts = {"revision": 1, "maps": source.key, **parts, "maximum_side": maximum_side}
     return context.image_task(name, label, parts, items, [path], start)
-
-
-def ternary_task(
-    context: Context,
-    name: str,
-    label: str,
-    source: Result,
-    thresholds: tuple[float, float],
-    settings: CrfSettings,
-    items: Sequence[Item],
-) -> Task:
-    """A task that writes ternary masks of maps, by thresholds of sure foreground and background."""
-    arguments, where = (thresholds, context.dataset.classes), (source.folder, source.key)
-    parts = ternary_key(settings, *arguments)
-
-    def labeller() -> Callable[[Picture, Path], None]:
-        return ternary_labeller(settings, image_memory(context), *arguments)
-
-    return _label_task(context, name, label, *where, parts, mask_path, labeller, items)
 
 
 def sources(context: Context) -> list[Source]:
@@ -160,7 +138,7 @@ def _untrained(section: RefineSection, lent: Tools) -> Any:
 
 def import_maps(context: Context, folder: Path) -> None:
     """Take the map files of another program instead of the run's own, without unusable ones."""
-    skipped, digests, unlabelled = [], {}, 0
+    skipped, digests = [], {}
     for item in context.items("maps"):
         path, record = map_path(folder, item.id), context.records[item.id]
         try:
@@ -173,7 +151,6 @@ def import_maps(context: Context, folder: Path) -> None:
         if problem is None:
             digests[item.id] = digest_file(path)
         else:
-            unlabelled += problem.startswith("has classes that")
             skipped.append(Skip(item.id, f"the map {path} {problem}"))
     if not digests:
         reason = skipped[0].reason
@@ -184,11 +161,6 @@ def import_maps(context: Context, folder: Path) -> None:
             )
         raise DataError(
             f"no image of the list {context.recipe.data.list_of('maps')!r} can be refined: {reason}"
-        )
-    if unlabelled:
-        logger.info(
-            "%d images are left out: their maps have classes that they are not labelled with",
-            unlabelled,
         )
     context.dataset = context.dataset.without(skipped)
     context.given_maps = Given(folder, digest_json(digests))
@@ -227,12 +199,11 @@ def write_labels(context: Context) -> Iterator[Task]:
         return
     for job in _jobs(context):
         source = job.source
-        yield _label_task(
+        yield label_task(
             context,
             f"refine-labels/{source.name}",
             f"{method.title} labels of {source.method}",
-            source.folder,
-            source.key,
+            source,
             {"method": job.section.method, **method.label_key(job)},
             method.label_path,
             partial(method.labeller, job),

@@ -49,11 +49,8 @@ def mask_task(
         def make(item: Item) -> None:
             maps = read_maps(map_path(source.folder, item.id))
             planes = torch.from_numpy(maps.high_res)
-            unsure = None if ignore_threshold is None else planes
-            found = seeds(planes, threshold)
-            mask = to_mask(
-                found, maps.keys, classes, maps=unsure, ignore_threshold=ignore_threshold
-            )
+            found, own = seeds(planes, threshold), {"ignore_threshold": ignore_threshold}
+            mask = to_mask(found, maps.keys, classes, maps=planes, **own)
             write_mask(mask_path(result.folder, item.id), mask)
 
         return make

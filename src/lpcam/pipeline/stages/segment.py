@@ -131,28 +131,23 @@ def give_segmenter(context: Context, file: Path) -> None:
 
 def train_segmenters(context: Context) -> Iterator[Task]:
     """A segmenter on each kind of masks."""
-    truth = _validation_items(context)
     section = required(context.recipe.segment)
+    task = _training_task if section.trained is None else _given_task
     for masks in training_masks(context):
-        if section.trained is None:
-            yield _training_task(context, section, masks, truth)
-        else:
-            yield _given_task(context, section.trained, masks)
+        yield task(context, section, masks)
 
 
-def _given_task(context: Context, trained: Path, masks: TrainingMasks) -> Task:
+def _given_task(context: Context, section: SegmentSection, masks: TrainingMasks) -> Task:
     """A task that takes a trained segmenter from its file."""
-    path = context.folder.segmenter(masks.name)
+    path, trained = context.folder.segmenter(masks.name), required(section.trained)
 
     def work(segmenter: Segmenter, result: Result) -> Output | None:
         segmenter.take(trained)
         if not context.processes.first:
             return None
         segmenter.save(path, {"stage": result.key, "versions": versions()})
-        none: Output = {"history": [], "images": 0, "dropped": [], "pixels": {}}
-        return {**none, "digest": digest_file(path), "validation": None}
+        return {"history": [], "images": 0, "digest": digest_file(path)}
 
-    section = required(context.recipe.segment)
     parts = {"revision": 1, "trained": masks.key, **_network(context, section)}
     return context.task(f"segment/{masks.name}", parts, [path], work, lambda: _build(context))
 
@@ -169,10 +164,8 @@ def _network(context: Context, section: SegmentSection) -> Record:
     }
 
 
-def _training_task(
-    context: Context, section: SegmentSection, masks: TrainingMasks, truth: Sequence[Item]
-) -> Task:
-    classes = context.dataset.classes
+def _training_task(context: Context, section: SegmentSection, masks: TrainingMasks) -> Task:
+    classes, truth = context.dataset.classes, _validation_items(context)
     parts = {
         "revision": 1,
         "masks": masks.key,
