@@ -21,14 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import (
-    RANDOM,
-    BackboneSpec,
-    Classifier,
-    Preprocessing,
-    build,
-    described,
-)
+from lpcam.classifiers import classifier as models
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.features import FeaturePair
 from lpcam.classifiers.probe import multi_hot
@@ -37,17 +30,7 @@ from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable, Item
 from lpcam.data.masks import read_index_mask
 from lpcam.data.resize import quarter_size, resize
 from lpcam.evaluation.segmentation import truth_labels
-from lpcam.hosts.base import (
-    Arm,
-    Base,
-    Host,
-    HostData,
-    HostNetwork,
-    HostSection,
-    ScaledSettings,
-    View,
-    check_finite,
-)
+from lpcam.hosts import base as hosts
 from lpcam.method.functional import FusedMaps, lpcam_of_pair, normalize, unflip
 from lpcam.refine.ternary import TernarySettings
 from lpcam.runtime.distributed import Processes
@@ -64,7 +47,7 @@ from lpcam.training.released import RESNET50, RESNET50_COPIES, Released
 EPSILON = 1e-5  #: Added to the range that probabilities are divided by (section 4).
 
 
-class AmnSettings(EpochSettings, ScaledSettings, TernarySettings):
+class AmnSettings(EpochSettings, hosts.ScaledSettings, TernarySettings):
     """AMN: a per-pixel classifier with the image's labels as input (specification of AMN)."""
 
     table: ClassVar[str] = "amn"
@@ -97,7 +80,7 @@ class AmnSettings(EpochSettings, ScaledSettings, TernarySettings):
     """Whether Reading B uses the features after the label conditioning."""
 
 
-class Amn(HostNetwork):
+class Amn(hosts.HostNetwork):
     """Backbone, label conditioning and head (section 2).
 
     A linear layer turns an image's labels into a factor for each channel; summed dilated
@@ -108,7 +91,12 @@ class Amn(HostNetwork):
     kind = "amn"
 
     def __init__(
-        self, classifier: Classifier, *, dilations: Sequence[int], dropout: float, seed: int = 0
+        self,
+        classifier: models.Classifier,
+        *,
+        dilations: Sequence[int],
+        dropout: float,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.classifier = classifier
@@ -139,7 +127,7 @@ class Amn(HostNetwork):
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Amn:
-        classifier = described(metadata, metadata["classes"])
+        classifier = models.described(metadata, metadata["classes"])
         return cls(classifier, dilations=metadata["dilations"], dropout=metadata["dropout"])
 
     def _description(self) -> dict[str, Any]:
@@ -171,7 +159,7 @@ def amn_loss(
 def _sample(
     pairs: Sequence[tuple[Item, Path]],
     classes: ClassTable,
-    preprocessing: Preprocessing,
+    preprocessing: models.Preprocessing,
     settings: AmnSettings,
     seed: int,
     place: engine.Place,
@@ -222,7 +210,7 @@ def _lpcam_maps(
 
 
 def _pairs(
-    network: Amn, view: View, scales: Sequence[float], flip: bool, conditioned: bool
+    network: Amn, view: hosts.View, scales: Sequence[float], flip: bool, conditioned: bool
 ) -> Iterator[FeaturePair]:
     """Features (1, C, h, w) of each scale in evaluation mode, optionally conditioned."""
     network.eval()
@@ -252,7 +240,7 @@ def _gated(planes: Tensor, stretched: Tensor, seed: Tensor | None) -> Tensor:
     return torch.where(sure, planes, stretched)
 
 
-class _AmnHost(Host[AmnSettings, Amn]):
+class _AmnHost(hosts.Host[AmnSettings, Amn]):
     """A per-pixel classifier that learns from ternary masks of the run's maps."""
 
     title = "AMN"
@@ -262,20 +250,24 @@ class _AmnHost(Host[AmnSettings, Amn]):
     prototype_fields = frozenset({"reading", "conditioned"})
     mask_fields = frozenset(TernarySettings.model_fields) - {"preset"}
 
-    def arms(self, section: HostSection) -> list[Arm]:
+    def arms(self, section: hosts.HostSection) -> list[hosts.Arm]:
         """Maps of a network for each base; in Reading B one network, with prototypes for LPCAM."""
         if section.settings.reading == "features":
             return super().arms(section)
-        return [Arm(a.title, a.base, a.folder) for a in super().arms(section)]
+        return [hosts.Arm(a.title, a.base, a.folder) for a in super().arms(section)]
 
-    def mask_thresholds(self, settings: AmnSettings, base: Base) -> tuple[float, float]:
+    def mask_thresholds(self, settings: AmnSettings, base: hosts.Base) -> tuple[float, float]:
         return settings.ternary_thresholds(base)
 
     def build(
-        self, backbone: BackboneSpec, names: Sequence[str], settings: AmnSettings, **first: Any
+        self,
+        backbone: models.BackboneSpec,
+        names: Sequence[str],
+        settings: AmnSettings,
+        **first: Any,
     ) -> Amn:
         """ImageNet's weights, not those of the classifier that made the maps (section 2)."""
-        classifier = build(backbone, names, **first)
+        classifier = models.build(backbone, names, **first)
         sizes = settings.model_dump(include={"dilations", "dropout"})
         return Amn(classifier, **sizes, seed=first.get("seed", 0))
 
@@ -292,7 +284,10 @@ class _AmnHost(Host[AmnSettings, Amn]):
                     (r"classifier\.1\.", "head."),
                 ],
                 lambda names: self.build(
-                    RELEASED_RESNET50, names, AmnSettings.from_preset("official"), weights=RANDOM
+                    RELEASED_RESNET50,
+                    names,
+                    AmnSettings.from_preset("official"),
+                    weights=models.RANDOM,
                 ),
                 classes=lambda state: state["label_enc.weight"].shape[1],
                 left_out=RESNET50_COPIES,
@@ -301,7 +296,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
         ]
 
     def images_per_step(
-        self, network: Amn, data: HostData, settings: AmnSettings
+        self, network: Amn, data: hosts.HostData, settings: AmnSettings
     ) -> tuple[int, str]:
         names_below(dict(network.classifier.backbone.named_parameters()), settings.freeze)
         return min(settings.batch_size, len(data.masks)), "batch_size"
@@ -309,7 +304,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
     def train(
         self,
         network: Amn,
-        data: HostData,
+        data: hosts.HostData,
         settings: AmnSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
@@ -353,7 +348,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
 
     @torch.no_grad()
     def local_features(
-        self, network: Amn, view: View, settings: AmnSettings
+        self, network: Amn, view: hosts.View, settings: AmnSettings
     ) -> tuple[Tensor, Tensor]:
         """Features at scale 1, signed if ``conditioned``; AMN's own maps split them (section 5)."""
         (pair,) = _pairs(network, view, (1.0,), False, settings.conditioned)
@@ -368,7 +363,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
 
     @torch.no_grad()
     def maps(
-        self, network: Amn, view: View, settings: AmnSettings, vectors: Tensor | None
+        self, network: Amn, view: hosts.View, settings: AmnSettings, vectors: Tensor | None
     ) -> FusedMaps:
         """AMN's probabilities, or with vectors LPCAM of its features (Reading B, section 5).
 
@@ -389,7 +384,7 @@ class _AmnHost(Host[AmnSettings, Amn]):
             found = network.logits(pair.features)[0]
             if pair.mirrored is not None:
                 found = (found + unflip(network.logits(pair.mirrored)[0])) / 2
-            check_finite(found, "AMN's conditioning or head")
+            hosts.check_finite(found, "AMN's conditioning or head")
             logits.append(found)
         cam, high_res = export_maps(logits, view.labels, seed, size)
         return FusedMaps(cam[1:], high_res[1:])

@@ -26,29 +26,12 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import (
-    NO_CLASSES,
-    RANDOM,
-    BackboneSpec,
-    Classifier,
-    Preprocessing,
-    build,
-    described,
-)
+from lpcam.classifiers import classifier as models
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.finetuning import augment
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
-from lpcam.hosts.base import (
-    Arm,
-    Host,
-    HostData,
-    HostNetwork,
-    HostSection,
-    ScaledSettings,
-    View,
-    check_finite,
-)
+from lpcam.hosts import base as hosts
 from lpcam.method.functional import FusedMaps, fuse_scales, unflip
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import DataError
@@ -58,7 +41,7 @@ from lpcam.training.optim import SgdRates, freeze, names_below, poly, sgd
 from lpcam.training.released import WIDERESNET38, Released
 
 
-class EdamSettings(ScaledSettings, SgdRates):
+class EdamSettings(hosts.ScaledSettings, SgdRates):
     """EDAM's network: class masks, and attention over pairs of images (specification of EDAM)."""
 
     table: ClassVar[str] = "edam"
@@ -205,7 +188,7 @@ class Encoder(nn.Module):
         return F.dropout(tokens, self.dropout, self.training)
 
 
-class Edam(HostNetwork):
+class Edam(hosts.HostNetwork):
     """A classifier's backbone, the discriminative activation layer and collaborative attention.
 
     ``sizes`` are the width, heads, hidden width and dropout of each class's :class:`Encoder`.
@@ -215,7 +198,7 @@ class Edam(HostNetwork):
 
     def __init__(
         self,
-        classifier: Classifier,
+        classifier: models.Classifier,
         classes: Sequence[str],
         sizes: Mapping[str, Any],
         seed: int = 0,
@@ -265,7 +248,7 @@ class Edam(HostNetwork):
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Edam:
-        return cls(described(metadata), metadata["classes"], metadata["sizes"])
+        return cls(models.described(metadata), metadata["classes"], metadata["sizes"])
 
     def _description(self) -> dict[str, Any]:
         own = {"classes": list(self.classes), "sizes": self.sizes}
@@ -302,7 +285,7 @@ class Partners:
 def _sample(
     items: Sequence[Item],
     partners: Partners,
-    preprocessing: Preprocessing,
+    preprocessing: models.Preprocessing,
     settings: EdamSettings,
     seed: int,
     place: engine.Place,
@@ -334,7 +317,7 @@ def _adapted(state: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-class _EdamHost(Host[EdamSettings, Edam]):
+class _EdamHost(hosts.Host[EdamSettings, Edam]):
     """Class masks learned with attention over pairs of images."""
 
     title = "EDAM"
@@ -343,24 +326,28 @@ class _EdamHost(Host[EdamSettings, Edam]):
     states_threshold = False
     map_fields = frozenset({"scales", "flip"})
 
-    def check(self, section: HostSection) -> None:
+    def check(self, section: hosts.HostSection) -> None:
         if section.maps is not None:
             raise ValueError(
                 "edam builds on neither CAM nor LPCAM: leave host.maps out; LPCAM takes CAM's "
                 "place in its refinement: refine.method saliency, refine.maps [LPCAM]"
             )
 
-    def arms(self, section: HostSection) -> list[Arm]:
-        return [Arm(self.title, "CAM", section.method)]
+    def arms(self, section: hosts.HostSection) -> list[hosts.Arm]:
+        return [hosts.Arm(self.title, "CAM", section.method)]
 
     def build(
-        self, backbone: BackboneSpec, names: Sequence[str], settings: EdamSettings, **first: Any
+        self,
+        backbone: models.BackboneSpec,
+        names: Sequence[str],
+        settings: EdamSettings,
+        **first: Any,
     ) -> Edam:
         """WideResNet-38 is used without its last ReLU, unless the arguments say otherwise."""
         if backbone.name == "wideresnet38":
             arguments = {"final_relu": False, **backbone.arguments}
             backbone = replace(backbone, arguments=arguments)
-        classifier = build(backbone, NO_CLASSES, **first)
+        classifier = models.build(backbone, models.NO_CLASSES, **first)
         sizes = settings.model_dump(include={"width", "heads", "hidden", "dropout"})
         return Edam(classifier, names, sizes, first.get("seed", 0))
 
@@ -380,10 +367,10 @@ class _EdamHost(Host[EdamSettings, Edam]):
                     *((rf"trans_list\.(\d+)\.0\.{n}", rf"encoders.\1.{o}") for n, o in RELEASED),
                 ],
                 lambda names: self.build(
-                    BackboneSpec("wideresnet38", {}),
+                    models.BackboneSpec("wideresnet38", {}),
                     names,
                     EdamSettings.from_preset("official"),
-                    weights=RANDOM,
+                    weights=models.RANDOM,
                 ),
                 classes=lambda state: len(state["mask_layer.weight"]) - 1,
                 left_out=r"embedding\.position\.",
@@ -393,7 +380,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
         ]
 
     def images_per_step(
-        self, network: Edam, data: HostData, settings: EdamSettings
+        self, network: Edam, data: hosts.HostData, settings: EdamSettings
     ) -> tuple[int, str]:
         names_below(dict(network.classifier.backbone.named_parameters()), settings.freeze)
         return min(settings.pairs, len(Partners(data.images).firsts)), "pairs"
@@ -401,7 +388,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
     def train(
         self,
         network: Edam,
-        data: HostData,
+        data: hosts.HostData,
         settings: EdamSettings,
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
@@ -436,7 +423,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
 
     @torch.no_grad()
     def maps(
-        self, network: Edam, view: View, settings: EdamSettings, vectors: Tensor | None
+        self, network: Edam, view: hosts.View, settings: EdamSettings, vectors: Tensor | None
     ) -> FusedMaps:
         """The masks M, summed over scales and mirror images, over their maximum (section 3)."""
         network.eval()
@@ -445,7 +432,7 @@ class _EdamHost(Host[EdamSettings, Edam]):
             found = network.masks(pair.features)[0, chosen]
             if pair.mirrored is not None:
                 found = found + unflip(network.masks(pair.mirrored)[0, chosen])
-            check_finite(found, "EDAM's activation layer")
+            hosts.check_finite(found, "EDAM's activation layer")
             maps.append(found)
         # At stride 1 the sizes are the image's, to which the released program resizes.
         return fuse_scales(maps, view.size, stride=1)

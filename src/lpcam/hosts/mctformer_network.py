@@ -22,17 +22,7 @@ from pydantic import Field
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import (
-    NO_CLASSES,
-    PRETRAINED,
-    RANDOM,
-    BackboneSpec,
-    Classifier,
-    Preprocessing,
-    build,
-    check_backbone,
-    read_weights,
-)
+from lpcam.classifiers import classifier as models
 from lpcam.hosts.base import ScaledSettings
 from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.settings import Fraction, Positive
@@ -164,7 +154,7 @@ def attend_block(block: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 class Stem(nn.Module):
     """A frozen convolutional backbone whose cells are the patches (a hybrid transformer)."""
 
-    def __init__(self, classifier: Classifier, width: int) -> None:
+    def __init__(self, classifier: models.Classifier, width: int) -> None:
         super().__init__()
         self.classifier = classifier.requires_grad_(False)
         self.proj = nn.Linear(classifier.weight.shape[1], width)
@@ -197,8 +187,8 @@ class Mctformer(SavedNetwork):
         self,
         spec: MctformerSpec,
         classes: Sequence[str],
-        preprocessing: Preprocessing | None = None,
-        stem_weights: str = RANDOM,
+        preprocessing: models.Preprocessing | None = None,
+        stem_weights: str = models.RANDOM,
     ) -> None:
         super().__init__()
         plain = _plain(
@@ -206,7 +196,7 @@ class Mctformer(SavedNetwork):
                 spec, img_size=spec.crop, dynamic_img_size=True, drop_path_rate=spec.drop_path
             )
         )
-        usual = Preprocessing.of_timm(plain)
+        usual = models.Preprocessing.of_timm(plain)
         self.spec = spec
         self.classes = tuple(classes)
         self.cell = int(plain.patch_embed.feat_ratio())
@@ -284,7 +274,7 @@ class Mctformer(SavedNetwork):
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Mctformer:
-        preprocessing = Preprocessing(
+        preprocessing = models.Preprocessing(
             *(tuple(metadata["preprocessing"][key]) for key in ("mean", "std"))
         )
         with torch.random.fork_rng(devices=[]):  # the first weights are random, and replaced
@@ -338,7 +328,7 @@ def _plain(model: nn.Module) -> VisionTransformer:
 
 
 def build_mctformer(
-    backbone: BackboneSpec,
+    backbone: models.BackboneSpec,
     names: Sequence[str],
     settings: MctformerSettings,
     **first: Any,
@@ -360,19 +350,22 @@ def build_mctformer(
             network = Mctformer(spec, names, stem_weights=weights)
         else:
             network = Mctformer(spec, names)
-            if weights == PRETRAINED:
-                _load(network, _transformer(spec, pretrained=True).state_dict(), PRETRAINED)
-            elif weights != RANDOM:
-                _load(network, read_weights(Path(weights)), weights)
-    own = network.preprocessing
-    network.preprocessing = preprocessing_with(own, first.get("mean"), first.get("std"))
+            if weights == models.PRETRAINED:
+                _load(network, _transformer(spec, pretrained=True).state_dict(), models.PRETRAINED)
+            elif weights != models.RANDOM:
+                _load(network, models.read_weights(Path(weights)), weights)
+    network.preprocessing = preprocessing_with(
+        network.preprocessing, first.get("mean"), first.get("std")
+    )
     return network
 
 
-def _stem(spec: MctformerSpec, cell: int, weights: str) -> Classifier:
+def _stem(spec: MctformerSpec, cell: int, weights: str) -> models.Classifier:
     """A backbone whose output stride is the side of the transformer's patches."""
-    backbone = BackboneSpec(spec.arguments[STEM], spec.arguments.get(STEM_ARGUMENTS, {}), cell)
-    classifier = build(backbone, NO_CLASSES, weights=weights)
+    backbone = models.BackboneSpec(
+        spec.arguments[STEM], spec.arguments.get(STEM_ARGUMENTS, {}), cell
+    )
+    classifier = models.build(backbone, models.NO_CLASSES, weights=weights)
     side = classifier.features(torch.zeros(1, 3, cell, cell)).shape[-1]
     if side != 1:
         raise ClassifierError(
@@ -383,7 +376,7 @@ def _stem(spec: MctformerSpec, cell: int, weights: str) -> Classifier:
 
 
 def _transformer(spec: MctformerSpec, **options: Any) -> nn.Module:
-    check_backbone(spec.backbone)
+    models.check_backbone(spec.backbone)
     arguments = {k: v for k, v in spec.arguments.items() if k not in (STEM, STEM_ARGUMENTS)}
     try:
         model: nn.Module = timm.create_model(spec.backbone, num_classes=0, **options, **arguments)

@@ -21,17 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lpcam.method.seeds import seeds
-from lpcam.refine.base import (
-    Job,
-    Picture,
-    Refine,
-    Refinement,
-    RefineSection,
-    check_image_and_maps,
-    check_label_crf,
-    compute_dtype,
-    decided,
-)
+from lpcam.refine import base
 from lpcam.refine.permutohedral import Filter, Lattice, join, permutohedral_lattice
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.resources import available_memory
@@ -101,7 +91,7 @@ def unary_from_probabilities(probabilities: Tensor, clip: float) -> Tensor:
             "floating-point numbers in [0, 1]; take the softmax of logits, and normalise maps"
         )
     # in float32 at least, as half precision barely holds 1e-5
-    return -probabilities.to(compute_dtype(probabilities)).clamp(min=clip).log()
+    return -probabilities.to(base.compute_dtype(probabilities)).clamp(min=clip).log()
 
 
 def _check_count(count: int) -> None:
@@ -184,10 +174,10 @@ class DenseCrf:
         Takes an image (H, W, 3) uint8 RGB, the same for all leading axes. DataError if inputs do
         not fit, there are fewer than two labels, or the image needs more memory than allowed.
         """
-        check_image_and_maps(image, unary, "unary energies")
+        base.check_image_and_maps(image, unary, "unary energies")
         count, height, width = unary.shape[-3:]
         _check_count(count)
-        dtype = compute_dtype(unary)
+        dtype = base.compute_dtype(unary)
         pairwise = self._pairwise(image, count, dtype)
         marginals = [
             _mean_field(rows.t().to(dtype).contiguous(), pairwise, self.settings.iterations).t()
@@ -237,7 +227,7 @@ def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[fl
     Takes an image (H, W, 3) uint8 RGB, maps (K, H, W) in [0, 1] and A powers; a larger one favours
     classes. Without a class the background is 1. DataError if they do not fit or are out of range.
     """
-    scores = planes.to(compute_dtype(planes))
+    scores = planes.to(base.compute_dtype(planes))
     if not len(scores):
         return scores.new_ones(len(alphas), 1, *scores.shape[-2:])
     lowest, highest = (float(value) for value in torch.aminmax(scores))
@@ -252,22 +242,22 @@ def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[fl
     return crf.refine_probabilities(image, stacks)
 
 
-class _CrfRefinement(Refinement):
+class _CrfRefinement(base.Refinement):
     """A dense CRF on the seeds."""
 
     title = "CRF"
     settings = CrfSettings
     crf_place = "on the seeds"
 
-    def check(self, section: RefineSection) -> None:
-        check_label_crf(section)
+    def check(self, section: base.RefineSection) -> None:
+        base.check_label_crf(section)
 
-    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
+    def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
         crf = DenseCrf(job.settings, memory=job.tools.memory)
 
-        def refine(picture: Picture) -> Tensor:
+        def refine(picture: base.Picture) -> Tensor:
             hard = seeds(picture.planes, job.source.seed_threshold)
-            return decided(crf.refine_labels(picture.image, hard, len(picture.planes) + 1))
+            return base.decided(crf.refine_labels(picture.image, hard, len(picture.planes) + 1))
 
         return refine
 

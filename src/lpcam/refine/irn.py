@@ -24,31 +24,12 @@ from lpcam.data.dataset import Item
 from lpcam.data.masks import read_index_mask, write_plane
 from lpcam.data.resize import quarter_size, resize
 from lpcam.method.functional import unflip
-from lpcam.refine.base import (
-    Job,
-    Labelled,
-    LearnedRefinement,
-    Picture,
-    Refine,
-    RefineSection,
-    Source,
-    Tools,
-    check_label_crf,
-)
+from lpcam.refine import base
+from lpcam.refine import walk as stencil
 from lpcam.refine.irn_network import Irn, build_irn
 from lpcam.refine.pair_network import PairSettings, train_on_pairs
 from lpcam.refine.ternary import TernarySettings, ternary_key, ternary_labeller
-from lpcam.refine.walk import (
-    EPSILON,
-    STRIDE,
-    affinities,
-    likelihood_means,
-    pair_counts,
-    pair_kinds,
-    partner_window,
-    random_walk,
-    source_window,
-)
+from lpcam.refine.walk import EPSILON, STRIDE
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import scale_mirror_crop
 from lpcam.training.loop import History
@@ -111,16 +92,16 @@ def irn_loss(
     Labels are (B, h, w) uint8: 0 background, 255 ignored, otherwise classes; ``counts`` are
     :func:`lpcam.refine.walk.pair_counts` of the whole batch, where this is a part.
     """
-    counts = pair_counts(labels, radius) if counts is None else counts
+    counts = stencil.pair_counts(labels, radius) if counts is None else counts
     zero = logits[:0].sum()  # so that there is a gradient, of zero, also without a pair
-    pairs = affinities(logits.sigmoid(), radius)
-    background, foreground, negative = likelihood_means(pairs, labels, counts, zero, radius)
+    pairs = stencil.affinities(logits.sigmoid(), radius)
+    background, foreground, negative = stencil.likelihood_means(pairs, labels, counts, zero, radius)
     sums = [zero.expand(2)]
     if displacement is not None:
-        window = source_window(labels.shape[-2], labels.shape[-1], radius)
-        for offset, kinds in pair_kinds(labels, radius):
+        window = stencil.source_window(labels.shape[-2], labels.shape[-1], radius)
+        for offset, kinds in stencil.pair_kinds(labels, radius):
             still, moved, _ = kinds.flatten(1).to(logits.dtype)
-            partner = displacement[:, :, *partner_window(window, offset)]
+            partner = displacement[:, :, *stencil.partner_window(window, offset)]
             delta = displacement[:, :, *window] - partner
             target = delta.new_tensor(offset)[:, None, None]
             apart = still @ delta.abs().sum(1).flatten()
@@ -164,7 +145,7 @@ def boundary_map(network: Irn, image: NDArray[np.uint8]) -> Tensor:
 def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
     """Walk maps (..., K, h, w)^sharpness (1 - e) within boundaries e (..., h, w) (8.2 to 8.4)."""
     sources = maps if settings.sharpness == 1 else maps.pow(settings.sharpness)
-    return random_walk(
+    return stencil.random_walk(
         sources * (1 - edge[..., None, :, :]).to(maps.dtype),
         edge,
         radius=settings.walk_radius,
@@ -187,7 +168,7 @@ def _divided(maps: Tensor) -> Tensor:
     return maps / maps.max() if bool(maps.any()) else maps
 
 
-class _IrnRefinement(LearnedRefinement):
+class _IrnRefinement(base.LearnedRefinement):
     """Class boundaries learned from the maps, and a random walk within them."""
 
     title = "IRN"
@@ -199,22 +180,22 @@ class _IrnRefinement(LearnedRefinement):
         name for name in IrnSettings.model_fields if not name.endswith("threshold")
     ) - {"preset", *map_settings}
 
-    def check(self, section: RefineSection) -> None:
-        check_label_crf(section)
+    def check(self, section: base.RefineSection) -> None:
+        base.check_label_crf(section)
 
-    def threshold(self, section: RefineSection, source: Source) -> float:
+    def threshold(self, section: base.RefineSection, source: base.Source) -> float:
         settings = section.settings
         masks: float = settings.cam_threshold if source.method == "CAM" else settings.threshold
         return masks
 
-    def described(self, section: RefineSection, tools: Tools) -> dict[str, Any]:
+    def described(self, section: base.RefineSection, tools: base.Tools) -> dict[str, Any]:
         return section.model_dump(mode="json", include={"method", "irn", "crf"})
 
-    def label_key(self, job: Job) -> Mapping[str, Any]:
+    def label_key(self, job: base.Job) -> Mapping[str, Any]:
         thresholds = job.settings.ternary_thresholds(job.source.method)
         return ternary_key(job.section.label_crf, thresholds, job.tools.classes)
 
-    def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
+    def labeller(self, job: base.Job) -> Callable[[base.Picture, Path], None]:
         thresholds, tools = job.settings.ternary_thresholds(job.source.method), job.tools
         return ternary_labeller(job.section.label_crf, tools.memory, thresholds, tools.classes)
 
@@ -247,7 +228,7 @@ class _IrnRefinement(LearnedRefinement):
             )
         ]
 
-    def build(self, section: RefineSection, tools: Tools) -> Irn:
+    def build(self, section: base.RefineSection, tools: base.Tools) -> Irn:
         """The untrained network on the classifier's backbone, with the backbone's first weights."""
         first = tools.backbone.first_weights(tools.seed)
         displacement = section.settings.displacement
@@ -255,7 +236,7 @@ class _IrnRefinement(LearnedRefinement):
         return network.to(tools.device)
 
     def train(
-        self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
+        self, network: Any, labelled: base.Labelled, section: base.RefineSection, **options: Any
     ) -> History:
         settings, branches = section.settings, network.branches
         pyramid, rate = network.pyramid.folded(), settings.learning_rate
@@ -273,11 +254,11 @@ class _IrnRefinement(LearnedRefinement):
             branches, groups, _read, change, loss, labelled, settings, title=self.title, **options
         )
 
-    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
+    def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
         """Walks the maps; writes the boundaries beside the pseudo masks."""
         loaded = Irn.load(network).to(job.tools.device).folded()
 
-        def refine(picture: Picture) -> tuple[Tensor, Tensor]:
+        def refine(picture: base.Picture) -> tuple[Tensor, Tensor]:
             image = picture.image.cpu().numpy()
             boundary = boundary_map(loaded, image)
             write_plane(folder / "boundaries" / f"{picture.item.id}.png", boundary.cpu().numpy())

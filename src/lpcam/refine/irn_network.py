@@ -13,17 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import (
-    NO_CLASSES,
-    PROBE_SIZE,
-    BackboneSpec,
-    Classifier,
-    build,
-    described,
-    description,
-    feature_maps,
-    folded_backbone,
-)
+from lpcam.classifiers import classifier as models
 from lpcam.data.resize import quarter_size
 from lpcam.refine.base import shallow_copy
 from lpcam.refine.pair_network import Level, feature_levels, pad_sides, side_multiple
@@ -39,7 +29,7 @@ POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 class Pyramid(nn.Module):
     """Frozen feature maps of a backbone from stride 4 on, the last of stride 2 pooled to it."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: models.Classifier) -> None:
         super().__init__()
         self.backbone = classifier.backbone
         self.preprocessing = classifier.preprocessing
@@ -56,7 +46,7 @@ class Pyramid(nn.Module):
             )
         finest = [level for level in found if level.stride == STRIDE // 2][-1:]
         self.levels = finest + [level for level in found if level.stride >= STRIDE]
-        self.multiple = side_multiple(self.backbone, self.levels, PROBE_SIZE)
+        self.multiple = side_multiple(self.backbone, self.levels, models.PROBE_SIZE)
 
     def train(self, mode: bool = True) -> Pyramid:
         """Stay in evaluation mode."""
@@ -65,7 +55,7 @@ class Pyramid(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """Features (B, C, h, w) of each level of (B, 3, H, W) normalised images."""
-        found = feature_maps(self.backbone, pad_sides(images, self.multiple))
+        found = models.feature_maps(self.backbone, pad_sides(images, self.multiple))
         return [
             F.max_pool2d(found[n.index], 3, 2, 1) if n.stride < STRIDE else found[n.index]
             for n in self.levels
@@ -74,7 +64,7 @@ class Pyramid(nn.Module):
     def folded(self) -> Pyramid:
         """A copy with folded batch norms, equal up to rounding; cannot be saved."""
         twin = shallow_copy(self)
-        twin.backbone, twin.spec = folded_backbone(self.backbone), None
+        twin.backbone, twin.spec = models.folded_backbone(self.backbone), None
         return twin.requires_grad_(False)
 
 
@@ -194,21 +184,23 @@ class Irn(SavedNetwork):
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Irn:
-        return cls(Pyramid(described(metadata)), displacement=metadata["displacement"])
+        return cls(Pyramid(models.described(metadata)), displacement=metadata["displacement"])
 
     def _description(self) -> dict[str, Any]:
         pyramid = self.pyramid
         return {
-            **description(pyramid.backbone, pyramid.spec, pyramid.preprocessing),
+            **models.description(pyramid.backbone, pyramid.spec, pyramid.preprocessing),
             "displacement": self.branches.displacement is not None,
         }
 
 
-def build_irn(spec: BackboneSpec, *, displacement: bool = True, seed: int = 0, **first: Any) -> Irn:
+def build_irn(
+    spec: models.BackboneSpec, *, displacement: bool = True, seed: int = 0, **first: Any
+) -> Irn:
     """Build IRN's network on a timm backbone, with untrained branches.
 
     ``first`` are ``weights``, ``mean`` and ``std`` of :func:`lpcam.classifiers.classifier.build`:
     ImageNet's, not those of the classifier that made the maps (section 4).
     """
-    classifier = build(spec, NO_CLASSES, seed=seed, **first)
+    classifier = models.build(spec, models.NO_CLASSES, seed=seed, **first)
     return Irn(Pyramid(classifier), displacement=displacement, seed=seed)

@@ -21,15 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from lpcam.refine.base import (
-    Job,
-    Refine,
-    Refinement,
-    RefineSection,
-    Source,
-    check_image_and_maps,
-    compute_dtype,
-)
+from lpcam.refine import base
 from lpcam.runtime.settings import Positive, PresetModel
 
 
@@ -61,8 +53,8 @@ def pamr(image: Tensor, masks: Tensor, settings: PamrSettings) -> Tensor:
         >>> pamr(image, masks, PamrSettings.from_preset("default")).shape
         torch.Size([2, 4, 5])
     """
-    check_image_and_maps(image, masks, "masks")
-    weights = affinities(image, settings.dilations, settings.width, dtype=compute_dtype(masks))
+    base.check_image_and_maps(image, masks, "masks")
+    weights = affinities(image, settings.dilations, settings.width, dtype=base.compute_dtype(masks))
     return propagate(masks, weights, settings.dilations, settings.iterations)
 
 
@@ -142,16 +134,16 @@ def _pad(values: Tensor, border: int) -> Tensor:
     return F.pad(values, (border,) * 4, mode="replicate")
 
 
-class _PamrRefinement(Refinement):
+class _PamrRefinement(base.Refinement):
     """The maps averaged over neighbours of similar colour."""
 
     title = "PAMR"
     settings = PamrSettings
 
-    def threshold(self, section: RefineSection, source: Source) -> float:
+    def threshold(self, section: base.RefineSection, source: base.Source) -> float:
         return source.seed_threshold
 
-    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
+    def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
         return lambda picture: pamr(picture.image, picture.planes, job.settings)
 
 

@@ -24,34 +24,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lpcam.classifiers.classifier import (
-    NO_CLASSES,
-    RANDOM,
-    BackboneSpec,
-    Classifier,
-    Preprocessing,
-    build,
-    described,
-    description,
-    feature_maps,
-    folded_backbone,
-)
+from lpcam.classifiers import classifier as models
 from lpcam.data.dataset import BACKGROUND, IGNORE, Item
 from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import map_path
 from lpcam.method.functional import strided
-from lpcam.refine.base import (
-    Job,
-    Labelled,
-    LearnedRefinement,
-    Picture,
-    Refine,
-    RefineSection,
-    Tools,
-    compute_dtype,
-    decided,
-    shallow_copy,
-)
+from lpcam.refine import base
+from lpcam.refine import walk as stencil
 from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
 from lpcam.refine.pair_network import (
     PairSettings,
@@ -59,16 +38,6 @@ from lpcam.refine.pair_network import (
     pad_sides,
     side_multiple,
     train_on_pairs,
-)
-from lpcam.refine.walk import (
-    Offset,
-    Window,
-    affinity_walk,
-    likelihood_means,
-    pair_counts,
-    pair_offsets,
-    partner_window,
-    source_window,
 )
 from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_bytes, write_bytes
@@ -161,7 +130,7 @@ class Psa(FrozenStatistics, SavedNetwork):
 
     kind = "psa"
 
-    def __init__(self, classifier: Classifier, *, seed: int = 0) -> None:
+    def __init__(self, classifier: models.Classifier, *, seed: int = 0) -> None:
         super().__init__()
         self.backbone = classifier.backbone
         self.preprocessing = classifier.preprocessing
@@ -198,7 +167,7 @@ class Psa(FrozenStatistics, SavedNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Features f (B, C, h, w) of (B, 3, H, W) normalised images, padded with zeros."""
         rows, columns = (strided(side, STRIDE) for side in images.shape[-2:])
-        maps = feature_maps(self.backbone, pad_sides(images, self.multiple))
+        maps = models.feature_maps(self.backbone, pad_sides(images, self.multiple))
         parts = []
         for level, reduction in zip(self.levels, self.reductions, strict=True):
             found = reduction(maps[level.index])
@@ -210,37 +179,37 @@ class Psa(FrozenStatistics, SavedNetwork):
 
     def folded(self) -> Psa:
         """A copy for inference with a folded backbone; shares the convolutions, cannot be saved."""
-        twin = shallow_copy(self)
-        twin.backbone, twin.spec = folded_backbone(self.backbone), None
+        twin = base.shallow_copy(self)
+        twin.backbone, twin.spec = models.folded_backbone(self.backbone), None
         return twin
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Psa:
-        return cls(described(metadata))
+        return cls(models.described(metadata))
 
     def _description(self) -> dict[str, Any]:
-        return description(self.backbone, self.spec, self.preprocessing)
+        return models.description(self.backbone, self.spec, self.preprocessing)
 
 
-def build_psa(classifier: Classifier, *, seed: int = 0) -> Psa:
+def build_psa(classifier: models.Classifier, *, seed: int = 0) -> Psa:
     """Build PSA's network on a copy of a trained classifier's backbone."""
-    twin = shallow_copy(classifier)
+    twin = base.shallow_copy(classifier)
     twin.backbone = copy.deepcopy(classifier.backbone)
     return Psa(twin, seed=seed).to(classifier.device)
 
 
-def feature_distances(features: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
+def feature_distances(features: Tensor, radius: int) -> Iterator[tuple[stencil.Offset, Tensor]]:
     """Yield mean |f_i - f_j| (B, rows, columns) of pairs of a window, by offset; differentiable."""
-    window = source_window(features.shape[-2], features.shape[-1], radius)
+    window = stencil.source_window(features.shape[-2], features.shape[-1], radius)
     if features[..., *window].numel():
-        for offset in pair_offsets(radius):
+        for offset in stencil.pair_offsets(radius):
             # the backward pass computes the differences again, to save memory
-            partner = partner_window(window, offset)
+            partner = stencil.partner_window(window, offset)
             found = checkpoint(_distance, features, window, partner, use_reentrant=False)
             yield offset, found
 
 
-def _distance(features: Tensor, own: Window, partner: Window) -> Tensor:
+def _distance(features: Tensor, own: stencil.Window, partner: stencil.Window) -> Tensor:
     parts = torch.split(features, CHANNELS_A_TIME, 1)
     total = (parts[0][:, :, *partner] - parts[0][:, :, *own]).abs_().sum(1)
     for part in parts[1:]:
@@ -248,7 +217,7 @@ def _distance(features: Tensor, own: Window, partner: Window) -> Tensor:
     return total.div_(features.shape[1])
 
 
-def walk_affinities(features: Tensor, radius: int) -> Iterator[tuple[Offset, Tensor]]:
+def walk_affinities(features: Tensor, radius: int) -> Iterator[tuple[stencil.Offset, Tensor]]:
     """Yield affinities of all pairs for a walk; zero near the border, where no loss has pairs."""
     reach = radius - 1
     for (dy, dx), distance in feature_distances(features, radius):
@@ -262,17 +231,19 @@ def psa_loss(features: Tensor, labels: Tensor, radius: int, counts: Tensor | Non
     Pairs of background and of a class weigh a quarter each, different ones half. Labels are (B, h,
     w) uint8; ``counts`` are :func:`lpcam.refine.walk.pair_counts` of the whole batch.
     """
-    counts = pair_counts(labels, radius) if counts is None else counts
+    counts = stencil.pair_counts(labels, radius) if counts is None else counts
     zero = features[:0].sum()  # so that there is a gradient, of zero, also without a pair
     distances = feature_distances(features, radius)
     pairs = ((offset, (-distance).exp()) for offset, distance in distances)
-    background, foreground, different = likelihood_means(pairs, labels, counts, zero, radius)
+    background, foreground, different = stencil.likelihood_means(
+        pairs, labels, counts, zero, radius
+    )
     loss: Tensor = (background + foreground) / 4 + different / 2
     return loss
 
 
 def augment(
-    preprocessing: Preprocessing,
+    preprocessing: models.Preprocessing,
     settings: PsaSettings,
     image: NDArray[np.uint8],
     scores: NDArray[np.uint8],
@@ -299,7 +270,7 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     """
     network.eval()
     height, width = image.shape[:2]
-    scores = planes.to(network.device, compute_dtype(planes))
+    scores = planes.to(network.device, base.compute_dtype(planes))
     scores = torch.cat([scores.new_full((1, height, width), settings.threshold), scores])
     features = network(network.preprocessing(image)[None].to(network.device))
     pairs = list(walk_affinities(features, settings.radius))
@@ -310,7 +281,7 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
             width,
         )
         return scores
-    walked = affinity_walk(
+    walked = stencil.affinity_walk(
         pooled(scores)[None],
         pairs,
         beta=settings.beta,
@@ -321,7 +292,7 @@ def walk(network: Psa, image: NDArray[np.uint8], planes: Tensor, settings: PsaSe
     return full[0, :, :height, :width]
 
 
-class _PsaRefinement(LearnedRefinement):
+class _PsaRefinement(base.LearnedRefinement):
     """Affinities learned from two CRFs of the maps, and a random walk by them."""
 
     title = "PSA"
@@ -332,7 +303,7 @@ class _PsaRefinement(LearnedRefinement):
     map_settings = frozenset({"radius", "beta", "exponent", "tolerance", "threshold"})
     network_settings = frozenset(PsaSettings.model_fields) - {"preset", *map_settings} | {"radius"}
 
-    def validate(self, section: RefineSection, tools: Tools) -> None:
+    def validate(self, section: base.RefineSection, tools: base.Tools) -> None:
         """Refuse a backbone that PSA cannot be built on, or a prefix that freezes nothing."""
         network = build_psa(tools.untrained())
         names_below(dict(network.backbone.named_parameters()), section.settings.freeze)
@@ -340,15 +311,15 @@ class _PsaRefinement(LearnedRefinement):
     def label_path(self, folder: Path, image_id: str) -> Path:
         return map_path(folder, image_id)
 
-    def label_key(self, job: Job) -> Mapping[str, Any]:
+    def label_key(self, job: base.Job) -> Mapping[str, Any]:
         crf = CrfSettings.from_preset("psa").model_dump(mode="json", exclude={"preset"})
         return {"alphas": [job.settings.low_alpha, job.settings.high_alpha], "crf": crf}
 
-    def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
+    def labeller(self, job: base.Job) -> Callable[[base.Picture, Path], None]:
         crf = DenseCrf(CrfSettings.from_preset("psa"), memory=job.tools.memory)
         alphas = (job.settings.low_alpha, job.settings.high_alpha)
 
-        def write(picture: Picture, path: Path) -> None:
+        def write(picture: base.Picture, path: Path) -> None:
             write_scores(path, crf_scores(crf, picture.image, picture.planes, alphas))
 
         return write
@@ -366,16 +337,20 @@ class _PsaRefinement(LearnedRefinement):
                     (r"f9\.", "last."),
                 ],
                 lambda names: build_psa(
-                    build(BackboneSpec("wideresnet38", {}), NO_CLASSES, weights=RANDOM)
+                    models.build(
+                        models.BackboneSpec("wideresnet38", {}),
+                        models.NO_CLASSES,
+                        weights=models.RANDOM,
+                    )
                 ),
             )
         ]
 
-    def build(self, section: RefineSection, tools: Tools) -> Psa:
+    def build(self, section: base.RefineSection, tools: base.Tools) -> Psa:
         return build_psa(tools.classifier(), seed=tools.seed)
 
     def train(
-        self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
+        self, network: Any, labelled: base.Labelled, section: base.RefineSection, **options: Any
     ) -> History:
         settings = section.settings
         freeze(network.backbone, settings.freeze, norms=True)
@@ -389,12 +364,12 @@ class _PsaRefinement(LearnedRefinement):
             network, groups, _read, change, loss, labelled, settings, title=self.title, **options
         )
 
-    def refiner(self, job: Job, network: Path, folder: Path) -> Refine:
+    def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
         loaded = Psa.load(network).to(job.tools.device).folded()
 
-        def refine(picture: Picture) -> Tensor:
+        def refine(picture: base.Picture) -> Tensor:
             image = picture.image.cpu().numpy()
-            return decided(walk(loaded, image, picture.planes, job.settings))
+            return base.decided(walk(loaded, image, picture.planes, job.settings))
 
         return refine
 

@@ -14,32 +14,15 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import (
-    NO_CLASSES,
-    PRETRAINED,
-    RANDOM,
-    BackboneSpec,
-    Classifier,
-    Preprocessing,
-    build,
-    check_backbone,
-    read_weights,
-)
+from lpcam.classifiers import classifier as models
 from lpcam.data.resize import resize
 from lpcam.runtime.errors import ClassifierError
-from lpcam.segmentation.networks.base import (
-    First,
-    Option,
-    SegmenterSpec,
-    grouped,
-    load_fitting,
-    preprocessing_with,
-)
+from lpcam.segmentation.networks import base
 from lpcam.training.optim import FrozenStatistics, freeze
 
 logger = logging.getLogger(__name__)
 CAFFE = "resnet101_caffe"  #: Name of the backbone that timm does not have.
-PREPROCESSING = Preprocessing(
+PREPROCESSING = models.Preprocessing(
     mean=(122.675 / 255, 116.669 / 255, 104.008 / 255), std=(1 / 255, 1 / 255, 1 / 255)
 )
 """Preprocessing of the Caffe backbone: RGB from 0 to 255 minus the mean colour, unscaled."""
@@ -178,7 +161,7 @@ class DeepLabV2(FrozenStatistics):
         """The trained parameters; ``no_decay``: of the backbone, vectors and what timm excludes."""
         excluded: frozenset[str] = getattr(self.backbone, "no_decay", frozenset())
         vectors = {name for name, parameter in self.named_parameters() if parameter.ndim <= 1}
-        return grouped(self, vectors | {f"backbone.{name}" for name in excluded})
+        return base.grouped(self, vectors | {f"backbone.{name}" for name in excluded})
 
     def _logits(self, images: Tensor) -> list[Tensor]:
         """Logits of scale 1 and of each further scale, each in its size."""
@@ -200,7 +183,7 @@ def _largest(logits: Sequence[Tensor]) -> Tensor:
 class _Features(nn.Module):
     """The features of a classifier before pooling, as a backbone without its head."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: models.Classifier) -> None:
         super().__init__()
         self.channels = classifier.weight.shape[1]
         self.classifier = classifier
@@ -220,34 +203,36 @@ class DeepLabV2Network:
 
     title = "DeepLabV2"
     default_backbone = CAFFE
-    options: frozenset[Option] = frozenset({"backbone", "output_stride", "pyramid"})
+    options: frozenset[base.Option] = frozenset({"backbone", "output_stride", "pyramid"})
     one_size_export = False
 
-    def check(self, spec: SegmenterSpec, weights: str) -> None:
+    def check(self, spec: base.SegmenterSpec, weights: str) -> None:
         """Raise ClassifierError if the backbone is unknown or its arguments do not fit."""
         if spec.backbone == CAFFE:
             _check_caffe(spec.arguments, spec.output_stride, weights)
         else:
-            check_backbone(spec.backbone)
+            models.check_backbone(spec.backbone)
 
     def build(
-        self, spec: SegmenterSpec, labels: int, **first: Unpack[First]
-    ) -> tuple[DeepLabV2, Preprocessing]:
+        self, spec: base.SegmenterSpec, labels: int, **first: Unpack[base.First]
+    ) -> tuple[DeepLabV2, models.Preprocessing]:
         """The network and its preprocessing."""
         weights, seed, caffe = str(first["weights"]), first.get("seed", 0), spec.backbone == CAFFE
         if caffe:
             self.check(spec, weights)
-            preprocessing = preprocessing_with(PREPROCESSING, first.get("mean"), first.get("std"))
+            preprocessing = base.preprocessing_with(
+                PREPROCESSING, first.get("mean"), first.get("std")
+            )
         else:
-            own = BackboneSpec(spec.backbone, dict(spec.arguments), spec.output_stride)
+            own = models.BackboneSpec(spec.backbone, dict(spec.arguments), spec.output_stride)
             # NO_CLASSES is one class, whose head is removed
-            classifier = build(own, NO_CLASSES, **first)
+            classifier = models.build(own, models.NO_CLASSES, **first)
             preprocessing = classifier.preprocessing
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             features = CaffeResNet101(**spec.arguments) if caffe else _Features(classifier)
             network = DeepLabV2(features, features.channels, labels, spec.pyramid)
-        if caffe and weights != RANDOM:
+        if caffe and weights != models.RANDOM:
             _load(network, Path(weights))
         return network, preprocessing
 
@@ -283,7 +268,7 @@ def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str 
             f"{CAFFE} has output stride {OUTPUT_STRIDE}, got {stride}; set it to null, or take "
             "timm's resnet101"
         )
-    if str(weights) == PRETRAINED:
+    if str(weights) == models.PRETRAINED:
         raise ClassifierError(
             f"segment.weights: {CAFFE} has no pretrained weights to download; convert the field's "
             "file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
@@ -292,7 +277,7 @@ def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str 
 
 def _load(network: DeepLabV2, path: Path) -> None:
     """Load the Caffe backbone from a file, and the ASPP where the file has one that fits."""
-    state = convert_names(read_weights(path))
+    state = convert_names(models.read_weights(path))
     head = {k.removeprefix("aspp."): v for k, v in state.items() if k.startswith("aspp.")}
     own, aspp = network.backbone.state_dict(), network.aspp.state_dict()
     backbone = {k: v for k, v in state.items() if not k.startswith(("fc.", "aspp."))}
@@ -302,9 +287,9 @@ def _load(network: DeepLabV2, path: Path) -> None:
         "it takes files of the Caffe ResNet-101 with the names layer1.conv1.conv.weight and so on; "
         "for torchvision's or timm's weights the backbone is resnet101"
     )
-    load_fitting(network.backbone, backbone, path.name, repr(CAFFE), advice)
+    base.load_fitting(network.backbone, backbone, path.name, repr(CAFFE), advice)
     if {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in aspp.items()}:
-        load_fitting(network.aspp, head, path.name, "the ASPP", advice)
+        base.load_fitting(network.aspp, head, path.name, "the ASPP", advice)
     elif head:
         logger.info("the ASPP in %s is of other labels or rates and is left out", path.name)
 

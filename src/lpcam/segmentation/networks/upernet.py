@@ -20,14 +20,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import PRETRAINED, RANDOM, Preprocessing, read_weights
 from lpcam.runtime.errors import ClassifierError
-from lpcam.segmentation.networks.base import (
-    First,
-    Option,
-    SegmenterSpec,
-    grouped,
-    load_fitting,
-    preprocessing_with,
-)
+from lpcam.segmentation.networks import base
 
 PREPROCESSING = Preprocessing(IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 AUXILIARY_WEIGHT = 0.4  #: Weight of the auxiliary head's loss.
@@ -81,7 +74,7 @@ class UperNetSwin(nn.Module):
         names = [name for name, _ in self.named_parameters()]
         norms = {name for name, m in self.named_modules() if isinstance(m, nn.LayerNorm)}
         tables = {name for name in names if name.endswith("relative_position_bias_table")}
-        return grouped(self, tables | {n for n in names if n.rpartition(".")[0] in norms})
+        return base.grouped(self, tables | {n for n in names if n.rpartition(".")[0] in norms})
 
 
 class _Classifier(nn.Conv2d):
@@ -107,10 +100,10 @@ class UperNetNetwork:
 
     title = "UperNet"
     default_backbone = "tiny"
-    options: frozenset[Option] = frozenset({"backbone"})
+    options: frozenset[base.Option] = frozenset({"backbone"})
     one_size_export = True  # torch 2.15 exports its pooling for the traced size only
 
-    def check(self, spec: SegmenterSpec, weights: str) -> None:
+    def check(self, spec: base.SegmenterSpec, weights: str) -> None:
         """Raise ClassifierError if an option is not accepted or transformers is not installed."""
         if spec.backbone not in SIZES:
             raise ClassifierError(
@@ -126,7 +119,7 @@ class UperNetNetwork:
             )
 
     def build(
-        self, spec: SegmenterSpec, labels: int, **first: Unpack[First]
+        self, spec: base.SegmenterSpec, labels: int, **first: Unpack[base.First]
     ) -> tuple[UperNetSwin, Preprocessing]:
         """The network and its preprocessing."""
         weights = str(first["weights"])
@@ -147,7 +140,7 @@ class UperNetNetwork:
                 _load(network.backbone, _fetch(transformers, checkpoint), checkpoint)
             elif weights != RANDOM:
                 _load(network.backbone, read_weights(Path(weights)), Path(weights).name)
-        return network, preprocessing_with(PREPROCESSING, first.get("mean"), first.get("std"))
+        return network, base.preprocessing_with(PREPROCESSING, first.get("mean"), first.get("std"))
 
 
 def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]) -> Any:
@@ -244,7 +237,7 @@ def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
 def _load(backbone: Any, found: Mapping[str, Tensor], name: str) -> None:
     kept = {k: v for k, v in backbone.swin.state_dict().items() if _LEFT_OUT.search(k)}
     advice = "check the size and the arguments"
-    load_fitting(backbone.swin, kept | convert_names(found), name, "this Swin", advice)
+    base.load_fitting(backbone.swin, kept | convert_names(found), name, "this Swin", advice)
 
 
 NETWORK = UperNetNetwork()

@@ -10,25 +10,10 @@ import safetensors
 import torch
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import (
-    NO_CLASSES,
-    PRETRAINED,
-    RANDOM,
-    BackboneSpec,
-    Classifier,
-    Preprocessing,
-    build,
-)
+from lpcam.classifiers import classifier as models
 from lpcam.classifiers.wideresnet38 import WideResNet38
 from lpcam.runtime.errors import ClassifierError
-from lpcam.segmentation.networks.base import (
-    First,
-    Option,
-    SegmenterSpec,
-    grouped,
-    load_fitting,
-    preprocessing_with,
-)
+from lpcam.segmentation.networks import base
 from lpcam.training.optim import FrozenStatistics, freeze
 
 BACKBONE = "wideresnet38"
@@ -61,7 +46,7 @@ class WideResNet38LargeFov(FrozenStatistics):
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """The trained parameters: ``backbone``, ``head`` (weights) and ``head_bias``."""
-        return grouped(self)
+        return base.grouped(self)
 
 
 class WideResNet38Network:
@@ -73,20 +58,20 @@ class WideResNet38Network:
 
     title = "WideResNet-38"
     default_backbone = BACKBONE
-    options: frozenset[Option] = frozenset()
+    options: frozenset[base.Option] = frozenset()
     one_size_export = False
 
-    def check(self, spec: SegmenterSpec, weights: str) -> None:
+    def check(self, spec: base.SegmenterSpec, weights: str) -> None:
         """Raise ClassifierError for pretrained weights, which do not exist."""
-        if weights == PRETRAINED:
+        if weights == models.PRETRAINED:
             raise ClassifierError(
                 f"segment.weights: {BACKBONE} has no pretrained weights to download; convert the "
                 "field's file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
             )
 
     def build(
-        self, spec: SegmenterSpec, labels: int, **first: Unpack[First]
-    ) -> tuple[WideResNet38LargeFov, Preprocessing]:
+        self, spec: base.SegmenterSpec, labels: int, **first: Unpack[base.First]
+    ) -> tuple[WideResNet38LargeFov, models.Preprocessing]:
         """The network and its preprocessing."""
         weights, seed = str(first["weights"]), first.get("seed", 0)
         self.check(spec, weights)
@@ -94,29 +79,30 @@ class WideResNet38Network:
         hidden = arguments.pop("hidden", HIDDEN)
         if not isinstance(hidden, int) or hidden < 1:
             raise ClassifierError(f"hidden is {hidden!r}; give a positive number of channels")
-        own, path = BackboneSpec(BACKBONE, arguments), Path(weights)
+        own, path = models.BackboneSpec(BACKBONE, arguments), Path(weights)
         names: set[str] = set()
-        if weights != RANDOM:
+        if weights != models.RANDOM:
             caught = suppress(safetensors.SafetensorError, OSError)  # build says what is wrong
             with caught, safetensors.safe_open(path, framework="pt") as file:
                 names = set(file.keys())
         if {"backbone.conv1a.weight", "head.weight"} <= names:
             classifier = _load_classifier(path, own)
         else:
-            classifier = build(own, NO_CLASSES, weights=weights, seed=seed)
+            classifier = models.build(own, models.NO_CLASSES, weights=weights, seed=seed)
         backbone = classifier.backbone
         assert isinstance(backbone, WideResNet38)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = WideResNet38LargeFov(backbone, labels, hidden=hidden)
-        if weights != RANDOM:
+        if weights != models.RANDOM:
             _load_head(network, path)
-        used = preprocessing_with(classifier.preprocessing, first.get("mean"), first.get("std"))
-        return network, used
+        return network, base.preprocessing_with(
+            classifier.preprocessing, first.get("mean"), first.get("std")
+        )
 
 
-def _load_classifier(path: Path, spec: BackboneSpec) -> Classifier:
-    classifier = Classifier.load(path)
+def _load_classifier(path: Path, spec: models.BackboneSpec) -> models.Classifier:
+    classifier = models.Classifier.load(path)
     found = classifier.spec
     # files hold lists, a caller may give tuples
     asked = {key: list(v) if isinstance(v, tuple) else v for key, v in spec.arguments.items()}
@@ -141,7 +127,7 @@ def _load_head(network: WideResNet38LargeFov, path: Path) -> None:
             "the file is of other labels or of another network: take fc1 and fc2 out of it to "
             "train a new head"
         )
-        load_fitting(network, rest | state, path.name, "fc1 and fc2 of this head", advice)
+        base.load_fitting(network, rest | state, path.name, "fc1 and fc2 of this head", advice)
 
 
 NETWORK = WideResNet38Network()
