@@ -10,7 +10,7 @@ from torch import nn
 
 from lpcam.runtime import distributed as processes
 from lpcam.runtime.distributed import Processes, is_first, join, leave
-from lpcam.runtime.errors import RecipeError
+from lpcam.runtime.errors import LpcamError, RecipeError
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_the_first_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_several_processes_need_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "accelerate", None)  # as if it were not installed
-    with pytest.raises(RecipeError, match=r"need accelerate; .*pip install 'lpcam\[distributed\]'"):
+    with pytest.raises(LpcamError, match=r"need accelerate .*pip install 'lpcam\[distributed\]'"):
         join("auto")
     assert not torch.distributed.is_initialized()
 

@@ -63,7 +63,6 @@ def render(data: Mapping[str, Any]) -> str:
         per_class=tables.bars(headline, "per_class"),
         parts=tables.bars(headline, "part_coverage"),
         segmenters=_segmenters(data),
-        stages=_stages(data["stages"]),
     )
     # file names may hold bytes that are not text, which cannot be written
     return page.encode("utf-8", "replace").decode("utf-8")
@@ -152,12 +151,3 @@ def _picture_groups(
     }
     shown = [kind for kind in headings if kind in groups]
     return [{"kind": kind, "title": headings[kind], "images": groups[kind]} for kind in shown]
-
-
-def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    longest = max((stage["seconds"] for stage in stages), default=0.0) or 1
-    return {
-        "rows": [{**one, "share": 100 * one["seconds"] / longest} for one in stages],
-        "total": sum(stage["seconds"] for stage in stages),
-        "memory": any(stage.get("peak_memory") is not None for stage in stages),
-    }

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lpcam.runtime.errors import RecipeError
+from lpcam.runtime.errors import RecipeError, import_extra
 from lpcam.runtime.parallel import ordered_map
 
 PATIENCE = timedelta(days=1)
@@ -88,19 +88,14 @@ def join(device: str) -> tuple[Processes, torch.device | None]:
         )
     if device not in ("auto", "cpu", "cuda"):
         raise RecipeError(f"the device {device!r} cannot be used here; use 'auto', 'cuda' or 'cpu'")
-    try:
-        from accelerate import PartialState  # noqa: PLC0415 - an extra
-    except ImportError:
-        raise RecipeError(
-            "several processes need accelerate; install it with pip install 'lpcam[distributed]'"
-        ) from None
+    accelerate = import_extra("accelerate", "distributed", "several processes need accelerate")
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     if not on_cpu and torch.cuda.device_count() < here:
         raise RecipeError(
             f"{here} processes on this machine need a GPU each, but there are "
             f"{torch.cuda.device_count()}; start fewer, or set run.device to 'cpu'"
         )
-    state = PartialState(cpu=on_cpu, timeout=PATIENCE)
+    state = accelerate.PartialState(cpu=on_cpu, timeout=PATIENCE)
     # GPUs have a group of their own; waiting must not occupy them.
     group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes, here, group), state.device
