@@ -28,7 +28,7 @@ _NOTHING: Mapping[Nothing, str] = {
     "background": "back ?ground( class)?|bg|bkg|bgd|unlabell?ed|unannotated",
     "ignore": "ignored?|ignore regions?|void|do ?n.?t care",
     "none": "|nan|none( of the above)?|null|nil|n/?a|n\\.a|undefined|unknown|unspecified|unsure"
-    "|unclassified|unassigned|uncertain|missing|not available|nothing|empty|blank|negatives?"
+    "|unclassified|unassigned|uncertain|missing|not available|nothing|empty|blank|neg(ative)?s?"
     "|normal|good|healthy|ok|no|false|absent"
     "|(no|not) ?(label(s|l?ed)?|class(es)?|objects?|findings?|defects?|annotations?)"
     "|(.*\\W)?background(\\W.*)?",

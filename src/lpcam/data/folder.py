@@ -46,10 +46,12 @@ from lpcam.runtime.errors import DataError, shortened
 _OWN = frozenset([*tables.TABLES, "classes.txt", "parts.json", "recipe.yaml", "import.json"])
 _NO_CLASS = re.compile(
     r"(seg[ _-]?)?(train|training|val|valid|validation|eval|dev|test|testing|holdout)"
-    r"([ _-]?(set|data|images?|imgs?|split|\d+))*|images?|imgs?|jpegimages|photos?|pictures?|data|"
-    r"dataset|raw|labels?|masks?|segmentation\w*|annotations?|ann|ground[ _-]?truths?|bbox(es)?|"
+    r"([ _-]?(set|data|images?|imgs?|labels?|masks?|split|\d+))*|images?|imgs?|"
+    r"jpegimages|photos?|pictures?|dataset|data|raw|labels?|masks?|segmentation\w*|annotations?|ann|ground[ _-]?truths?|bbox(es)?|"
     r"gt(fine|coarse)?|leftimg8bit|outputs?|results?|predictions?|"
-    r"(19|20)\d\d[-_. ]?[01]\d([-_. ]?[0-3]\d)?|"
+    r"(fold|part|batch|chunk|shard|subset|split)[ _-]?\d+|te?mp|backups?|thumb(nail)?s|"
+    r"(new|untitled) folder( \(?\d+\)?)?|(img|ann|image|label|mask)s?[ _-]?dirs?|"
+    r"(19|20)\d\d([-_. ]?[01]\d([-_. ]?[0-3]\d)?)?|"
     r"[0-3]?\d[-_.][01]?\d[-_.](19|20)\d\d"
 )
 """Names of folders, in lower case, that mean something else than a class."""

@@ -16,6 +16,7 @@ _MARKS = r"""
 MVTec AD | ^((?:.*/)?)train/good/ ^(?:.*/)?(test|ground_truth)/ | | take its test images: \
 lpcam init {}test --labels folders --no-class good
 Cityscapes | leftImg8bit gtFine|gtCoarse | | CONVERT
+MMSegmentation | (^|/)img_dir/ (^|/)ann_dir/ | | CONVERT
 ADE20K | annotations/training/.*\.png$ images/training/ | | CONVERT
 CVAT's XML for images | \.xml$ | <annotations> | COCO
 Pascal VOC's XML without ImageSets, as labelImg writes it | \.xml$ | <annotation\b | put \
@@ -27,6 +28,10 @@ LabelMe's JSON, one file an image | \.json$ | "shapes"\s*: | convert it to COCO 
 with labelme2coco, and give that file (kind coco)
 a task of Label Studio alone | \.json$ | "(from_name|completed_by)"\s*: | export the project as \
 JSON
+results in COCO's form | \.json$ | \A\s*\[\s*\{\s*"(image|category)_id" | give the file that lists \
+images and categories (kind coco)
+COCO in a form that was not recognised | \.json$ | (?s)\A\s*\{.*"(images|categories)"\s*:\s*\[ | give \
+that file, with --kind coco, to see what is wrong
 VGG Image Annotator (VIA) | \.(json|csv)$ | region_attributes|_via_settings | COCO
 Apple's CreateML | \.json$ | "coordinates"\s*:\s*\{ | COCO
 Datumaro | \.json$ | "dm_format_version"|"media_type" | COCO
