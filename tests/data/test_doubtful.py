@@ -31,7 +31,7 @@ def build(root: Path, files: Files | Sequence[str]) -> Path:
         if isinstance(content, int):
             write_mask(path, np.full((8, 8), content, np.uint8))
         elif content == "" and path.suffix.lower() in (".jpg", ".png", ".jpeg"):
-            Image.new("RGB", (8, 8)).save(path)
+            Image.linear_gradient("L").resize((8, 8)).convert("RGB").save(path)
         else:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return root

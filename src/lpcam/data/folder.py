@@ -47,8 +47,8 @@ _OWN = frozenset([*tables.TABLES, "classes.txt", "parts.json", "recipe.yaml", "i
 _NO_CLASS = re.compile(
     r"(seg[ _-]?)?(train|training|val|valid|validation|eval|dev|test|testing|holdout)"
     r"([ _-]?(set|data|images?|imgs?|labels?|masks?|split|\d+))*|images?|imgs?|"
-    r"jpegimages|photos?|pictures?|dataset|data|raw|labels?|masks?|segmentation\w*|annotations?|ann|ground[ _-]?truths?|bbox(es)?|"
-    r"gt(fine|coarse)?|leftimg8bit|outputs?|results?|predictions?|"
+    r"jpegimages|photos?|pictures?|dataset|data|raw|labels?|masks?|segmentation\w*|annotations?|ann|"
+    r"ground[ _-]?truths?|bbox(es)?|gt(fine|coarse)?|leftimg8bit|outputs?|results?|predictions?|"
     r"(fold|part|batch|chunk|shard|subset|split)[ _-]?\d+|te?mp|backups?|thumb(nail)?s|"
     r"(new|untitled) folder( \(?\d+\)?)?|(img|ann|image|label|mask)s?[ _-]?dirs?|"
     r"(19|20)\d\d([-_. ]?[01]\d([-_. ]?[0-3]\d)?)?|"

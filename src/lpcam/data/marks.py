@@ -30,7 +30,7 @@ a task of Label Studio alone | \.json$ | "(from_name|completed_by)"\s*: | export
 JSON
 results in COCO's form | \.json$ | \A\s*\[\s*\{\s*"(image|category)_id" | give the file that lists \
 images and categories (kind coco)
-COCO in a form that was not recognised | \.json$ | (?s)\A\s*\{.*"(images|categories)"\s*:\s*\[ | give \
+COCO in an unknown form | \.json$ | (?s)\A\s*\{.*"(images|categories)"\s*:\s*\[ | give \
 that file, with --kind coco, to see what is wrong
 VGG Image Annotator (VIA) | \.(json|csv)$ | region_attributes|_via_settings | COCO
 Apple's CreateML | \.json$ | "coordinates"\s*:\s*\{ | COCO
