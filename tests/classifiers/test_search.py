@@ -303,6 +303,8 @@ def quantised() -> nn.Module:
     ("make", "why"),
     [
         (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 8, 3))), "ScriptModule"),
+        (lambda: nn.Sequential(torch.jit.script(nn.Conv2d(3, 8, 3))), "part 0 is a ScriptModule"),
+        (lambda: nn.Conv2d(3, 8, 3, device="meta"), "meta"),
         (lambda: torch.export.export(nn.Conv2d(3, 8, 3), (torch.ones(1, 3, 9, 9),)), "exported"),
         (
             lambda: torch.export.export(nn.Conv2d(3, 8, 3), (torch.ones(1, 3, 9, 9),)).module(),
@@ -315,6 +317,7 @@ def quantised() -> nn.Module:
             "text beside images.*vision_model",
         ),
         (lambda: Takes(lambda image, metadata: image), r"2 inputs \(image, metadata\)"),
+        (lambda: Takes(lambda image, *, mask: image), r"2 inputs \(image, mask\)"),
         (lambda: nn.Sequential(nn.Conv3d(3, 4, 3), nn.Flatten()), "videos"),
         (quantised, "quantised"),
     ],

@@ -120,6 +120,8 @@ def test_images_and_targets_that_do_not_fit(cam: LPCAM, images: Tensor) -> None:
     for given in (torch.ones(3, 32, 32), torch.ones(0, 3, 32, 32), [1]):
         with pytest.raises(ValueError, match="input_tensor"):
             cam(given)
+    with pytest.raises(ValueError, match="uint8"):
+        cam(torch.ones(3, 3, 32, 32, dtype=torch.uint8), [0, 1, 0])
     for targets, message in (
         ([0], "3 targets"),
         (torch.tensor(0), "3 targets"),

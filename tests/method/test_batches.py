@@ -169,7 +169,7 @@ def test_one_sentence_says_what_a_batch_is() -> None:
     assert BATCH in words
 
 
-@pytest.mark.parametrize("classes", ["cat", [], [1, 2]])
+@pytest.mark.parametrize("classes", ["cat", [], [1, 2], 3, {"a", "b"}])
 def test_classes_are_a_list_of_names(classes: Any) -> None:
     with pytest.raises(ClassifierError, match="list of names"):
         LPCAM(headed(), SETTINGS, classes=classes).fit([(IMAGES, FIRST)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence, Set
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -52,7 +52,7 @@ def checked_names(classes: Sequence[str]) -> tuple[str, ...]:
         raise ClassifierError(
             f"classes must be a list of names, got the string {classes!r}; give [{classes!r}]"
         )
-    names = () if isinstance(classes, (set, frozenset)) else tuple(classes)  # these have no order
+    names = tuple(classes) if isinstance(classes, Iterable) and not isinstance(classes, Set) else ()
     if not names or not all(isinstance(name, str) for name in names):
         raise ClassifierError(f"classes must be a list of names, got {classes!r:.60}")
     return names

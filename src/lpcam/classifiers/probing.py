@@ -118,19 +118,24 @@ def _stated_sizes(model: nn.Module) -> Iterator[tuple[int, int]]:
                 yield height, width
 
 
-def refuse_compiled_form(model: Any) -> None:
-    """Refuse forms of a model in whose parts nothing can be seen."""
+def _compiled_form(model: Any) -> str:
+    """The name of a form of model in whose parts nothing can be seen, or nothing."""
     nodes = model.graph.nodes if isinstance(model, torch.fx.GraphModule) else ()
-    exported = isinstance(model, torch.export.ExportedProgram)
-    exported |= any(isinstance(node.target, torch._ops.OpOverload) for node in nodes)
-    if exported or isinstance(model, torch.jit.ScriptModule):
-        form = "an exported program" if exported else "a ScriptModule"
-        raise ClassifierError(
-            f"expected a torch.nn.Module, got {form}, whose layers cannot be observed; pass the "
-            "model it was made of"
-        )
-    if not isinstance(model, nn.Module):
-        raise ClassifierError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    lowered = any(isinstance(node.target, torch._ops.OpOverload) for node in nodes)
+    if lowered or isinstance(model, torch.export.ExportedProgram):
+        return "an exported program"
+    return "a ScriptModule" if isinstance(model, torch.jit.ScriptModule) else ""
+
+
+def refuse_compiled_form(model: Any) -> None:
+    """Refuse a model in whose parts nothing can be seen, or that has no weights."""
+    form = _compiled_form(model)
+    if form or not isinstance(model, nn.Module):
+        advice = ", whose layers cannot be observed; pass the model it was made of" if form else ""
+        what = form or type(model).__name__
+        raise ClassifierError(f"expected a torch.nn.Module, got {what}{advice}")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ClassifierError("the model is on the meta device, without weights; load them first")
 
 
 def quantised(model: nn.Module) -> str:
@@ -148,9 +153,12 @@ def quantised(model: nn.Module) -> str:
 
 def other_inputs(model: nn.Module) -> str:
     """A sentence that a model takes something else than images alone, or nothing."""
+    for name, part in model.named_modules():
+        if form := _compiled_form(part):
+            return f"Its part {name} is {form}, which cannot be observed; pass the original model"
     parameters = inspect.signature(model.forward).parameters
-    single = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [n for n, p in parameters.items() if p.kind in single and p.default is p.empty]
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    needed = [n for n, p in parameters.items() if p.kind not in several and p.default is p.empty]
     alone = "Pass a module that takes images (B, c, H, W) alone"
     if PACKED & parameters.keys():
         return (

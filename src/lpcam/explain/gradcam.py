@@ -23,6 +23,7 @@ from lpcam.classifiers.features import FeaturePair, full_precision
 from lpcam.classifiers.tracing import logits_of
 from lpcam.classifiers.wrapped import TargetLayer, WrappedModel, wrap
 from lpcam.method import extractors as extract
+from lpcam.method.batches import read_images
 from lpcam.method.functional import cosine_activation, fuse_scales, normalize, unflip, unit
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
@@ -279,7 +280,8 @@ class LPCAM(extract.LPCAM):
         """Logits (B, N); features of each scale, and of scale 1 in any case, are kept."""
         source = self._source if isinstance(self._source, WrappedModel) else self.source
         scales, flip = extract.with_scale_one(self.settings.scales), self.settings.flip
-        images, own = images.to(source.device, source.dtype), scales.index(1.0)
+        images = read_images(images, source.channels_in).to(source.device, source.dtype)
+        own = scales.index(1.0)
         blocks, state, outputs = self.attention_blocks, self.activations_and_grads, list[Any]()
         hook = source.core.register_forward_hook(lambda *given: outputs.append(given[-1]))
         with hook, full_precision(source.device):
