@@ -71,8 +71,8 @@ inception_v3 maxvit_t mnasnet0_5 mnasnet0_75 mnasnet1_0 mobilenet_v2 mobilenet_v
 mobilenet_v3_small regnet_x_400mf regnet_x_800mf regnet_y_400mf regnet_y_800mf resnet18 resnet34
 resnet50 resnext50_32x4d shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 swin_t
 swin_v2_t vgg11 vgg11_bn vit_b_32 deeplabv3_mobilenet_v3_large fcn_resnet50
-lraspp_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn fcos_resnet50_fpn
-retinanet_resnet50_fpn ssdlite320_mobilenet_v3_large keypointrcnn_resnet50_fpn r3d_18 mc3_18
+lraspp_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn
+ssdlite320_mobilenet_v3_large wide_resnet50_2 vgg13 r3d_18 mc3_18
 swin3d_t quantized_resnet18 quantized_mobilenet_v2
 """.split()  # noqa: SIM905
 LEAST_LOCALITY, LEAST_DEPTH, TOLD = 3.0, 0.5, "mix the whole image"
@@ -124,16 +124,23 @@ def _features_only(name: str, options: dict[str, Any]) -> nn.Module:
 def _of_transformers(name: str) -> nn.Module:
     """A model of its default configuration, with two blocks (in each stage)."""
     kind: Any = getattr(transformers, name)
-    config = kind.config_class()
-    for key in ("num_hidden_layers", "n_layer", "num_layers", "num_self_attends_per_block"):
-        if isinstance(getattr(config, key, None), int):
-            setattr(config, key, 2)
-    config.initializer_range = 0.06  # with the usual 0.02 the maps of deep convolutions vanish
-    if isinstance(getattr(config, "depths", None), (list, tuple)):
-        config.depths = type(config.depths)(min(depth, 2) for depth in config.depths)
+    default = kind.config_class()
+    options: dict[str, Any] = {}
+    if isinstance(depths := getattr(default, "depths", None), (list, tuple)):
+        options["depths"] = [min(depth, 2) for depth in depths]
+    else:
+        for key in ("num_hidden_layers", "n_layer", "num_self_attends_per_block"):
+            if isinstance(getattr(default, key, None), int):
+                options[key] = 2
+    if hasattr(default, "width_coefficient"):  # EfficientNet B0: the maps of B7 vanish
+        options.update(width_coefficient=1.0, depth_coefficient=1.0, hidden_dim=1280)
+    config = kind.config_class(**options)
     if (vision := getattr(config, "vision_config", None)) is not None:
         vision.num_hidden_layers = 2
     model: nn.Module = kind(config)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):  # else the maps of deep networks vanish
+            nn.init.kaiming_normal_(module.weight)
     return model
 
 
@@ -163,6 +170,7 @@ CAUSES = {
     "no logits": "no logits",
     "no linear layer": "no single linear layer gives the logits",
     "not the mean": "the head does not read a mean",
+    "detector": "a detector",
     "no feature map": "no layer behaves like a map",
     "took no image": "takes no such images",
 }

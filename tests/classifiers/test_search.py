@@ -233,6 +233,38 @@ def test_nothing_is_taken_from_a_model_without_a_map() -> None:
         wrap(model, classes=NEW)
 
 
+def test_latent_vectors_of_a_model_of_one_size_are_not_its_map() -> None:
+    class Latents(Parts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.latents = nn.Parameter(torch.randn(16, 16))
+
+        def finish(self, maps: Tensor) -> Tensor:
+            tokens = (maps + torch.zeros(16, 4, 4)).flatten(2).mT
+            read = F.softmax(self.latents @ tokens.mT, 2) @ self.value(tokens)
+            return F.gelu(self.out(self.split(read).amax(1)))
+
+    torch.manual_seed(0)
+    wrapped = wrap(Latents().eval(), classes=NEW)
+    assert wrapped.fixed_size == (64, 64)
+    assert wrapped.found.startswith("map: second")
+
+
+def test_attributes_that_a_pass_replaces_are_restored() -> None:
+    class Shrinks(Pooled):
+        window = 100
+
+        def forward(self, images: Tensor) -> Any:
+            self.window = min(self.window, images.shape[2])
+            return super().forward(images)
+
+    torch.manual_seed(0)
+    model = Shrinks(lambda maps: maps).eval()
+    model.window = 100
+    wrap(model).features(torch.randn(1, 3, 70, 90))
+    assert model.window == 100
+
+
 class Rearranged(Parts):
     """Takes pixels of 4 x 4 as channels."""
 

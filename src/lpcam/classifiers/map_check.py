@@ -70,6 +70,11 @@ class MapCheck:
         }
         self._records: dict[str, list[Record | Exception]] = {}
 
+    @property
+    def follows_size(self) -> bool:
+        """Whether it is tried that grids follow the size of the image."""
+        return self.probed.fixed_size is None
+
     def figures(self, layer: MapLayer, raw: Tensor) -> Figures:
         """The figures of a layer; ``raw`` is its output for the two images."""
         size = self.record.size
@@ -86,11 +91,11 @@ class MapCheck:
         if first is not None and float((first[0] - raw[0]).abs().max()) > bound:
             return Figures(failure="depends on the other images of a batch")
         twice = (2 * size[0], 2 * size[1])
-        flexible = self.probed.fixed_size is None
-        doubled = self._outputs(layer, "doubled")[0] if flexible else None
+        doubled = self._outputs(layer, "doubled")[0] if self.follows_size else None
         if doubled is not None and not _follows(layer, grid, doubled, twice):
             return Figures(failure="its grid does not follow the size of the image")
-        if not any(float((one - one[:1]).abs().max()) for one in outputs if one is not None):
+        change = max(float((one - one[:1]).abs().max()) for one in outputs if one is not None)
+        if change <= max(1e-7 * float(raw.abs().max()), torch.finfo(torch.float32).tiny):
             return Figures(failure="it is the same for all images")
         ordered, whole = _locality([layer.map(one, size) for one in outputs if one is not None])
         if not (ordered and whole >= LOCAL) and doubled is not None:
@@ -116,18 +121,13 @@ class MapCheck:
             record = attempt(self.model, self.images)
         if isinstance(record, Exception):  # a model may check what a layer gives in any way
             return False
-        found, own = answers(record.output), answers(self.record.output)
-        return len(found) == len(own) and any(map(self._exchanged, found, own))
+        found, own = answers(record.output, len(self.images)), self.answers
+        return len(found) == len(own) and any(map(_exchanged, found, own))
 
-    def _exchanged(self, found: Tensor, own: Tensor) -> bool:
-        if found.shape != own.shape or own.shape[:1] != self.images.shape[:1]:
-            return False
-        # Two noise images may differ little in the output of a random model.
-        change, rounding = own - own.flip(0), 4 * torch.finfo(own.dtype).eps * own.abs().max()
-        bound = torch.maximum(
-            CARRIED * change.abs().max(), rounding.minimum(change.abs().max() / 4)
-        )
-        return bool((found - own.flip(0)).abs().max() <= bound)
+    @property
+    def answers(self) -> list[Tensor]:
+        """What the model gave for the images, along the first axis."""
+        return answers(self.record.output, len(self.images))
 
     def _outputs(self, layer: MapLayer, kind: str) -> list[Tensor | None]:
         """Outputs of a layer for batches; None where it cannot take them."""
@@ -171,13 +171,32 @@ def _disturbed(images: Tensor) -> list[Tensor]:
     return batches
 
 
-def answers(output: Any) -> list[Tensor]:
-    """The logits of a model's output, or all its tensors if it gives maps or features."""
-    if (logits := logits_of(output)) is not None:
+def answers(output: Any, count: int) -> list[Tensor]:
+    """The logits of a model for ``count`` images, or all maps and features that it gives.
+
+    The images are moved to the first axis. Tensors without them, such as boxes, are left out.
+    """
+    logits = logits_of(output)
+    if logits is not None and len(logits) == count:
         return [logits]
     if isinstance(output, Mapping) and "out" in output:  # segmentation, beside auxiliary scores
         output = output["out"]
-    return [one for one in tensors_of(output) if one.numel() and one.is_floating_point()]
+    found = []
+    for one in tensors_of(output):
+        axes = [axis for axis, length in enumerate(one.shape[:2]) if length == count]
+        if axes and one.is_floating_point() and one.numel():
+            found.append(one.transpose(0, axes[0]))
+    return found
+
+
+def _exchanged(found: Tensor, own: Tensor) -> bool:
+    """Whether outputs for two images are those for the same images in the other order."""
+    if found.shape != own.shape:
+        return False
+    # Two noise images may differ little in the output of a random model.
+    change, rounding = (own - own.flip(0)).abs().max(), 4 * torch.finfo(own.dtype).eps
+    bound = torch.maximum(CARRIED * change, (rounding * own.abs().max()).minimum(change / 4))
+    return bool((found - own.flip(0)).abs().max() <= bound)
 
 
 def _follows(layer: MapLayer, grid: torch.Size, doubled: Tensor, size: tuple[int, int]) -> bool:

@@ -35,6 +35,7 @@ from lpcam.runtime.errors import ClassifierError
 logger = logging.getLogger(__name__)
 Pool = Literal["mean", "token"]
 NEW = "classes=[...] to fit a new linear head on the mean of its feature map"
+EARLIEST = 0.15  #: Least share of the layers with weights before the map of a new head.
 MOST_LISTED = 5  #: Number of layers that a message lists.
 MOST_PREFIX_TOKENS = 16
 """Maximum number of class, distillation and register tokens before the patches."""
@@ -305,6 +306,8 @@ class Finder:
                     # a mean is one of places; a token need not belong to a map
                     if figures is not None and not (token and figures.locality < PLACED):
                         return replace(layer, token=None), figures
+        if self.layer is None and not self.check.answers:
+            raise self._no_map("its output is not one for each image, as of a detector")
         mixed = None if self.layer is None else self._best(self.candidates)
         self.check.together = True
         # A head on a linear function of each cell is one on the cells, which tell more.
@@ -312,8 +315,14 @@ class Finder:
             for layer, raw in self.candidates:
                 if self._is_linear(layer) != linear or (best := self._best([(layer, raw)])) is None:
                     continue
-                if best[1].locality < PLACED:
-                    mixed = mixed or (best if self.check.carries(best[0]) else None)
+                if self._share_before(layer) < EARLIEST:
+                    self._fail(layer, raw, "it is one of the first layers")
+                elif best[1].locality < PLACED:
+                    # tokens of a model of one size need not belong to places at all
+                    if not self.check.follows_size and layer.layout == "tokens":
+                        self._fail(layer, raw, "its tokens mix the whole image")
+                    elif mixed is None and self.check.carries(best[0]):
+                        mixed = best
                 elif self.check.carries(best[0]):
                     return best
                 else:
@@ -321,6 +330,13 @@ class Finder:
         if mixed is None:
             raise self._no_map()
         return mixed
+
+    def _share_before(self, layer: MapLayer) -> float:
+        """Share of the calls with weights that end before a layer's call does."""
+        calls = [c for c in self.record.calls if next(c.module.parameters(False), None) is not None]
+        order = {id(call): index for index, call in enumerate(self.record.calls)}
+        own = [c for c in self.record.calls if (c.module, c.number) == (layer.layer, layer.number)]
+        return sum(order[id(c)] <= order[id(own[0])] for c in calls) / max(1, len(calls))
 
     def _is_linear(self, layer: MapLayer) -> bool:
         weight = getattr(layer.layer, "weight", None)
@@ -349,10 +365,10 @@ class Finder:
         figures = self._figures(way, raw) if told else found
         return None if figures is None else (way, figures)
 
-    def _no_map(self) -> ClassifierError:
+    def _no_map(self, why: str = "no layer gives a tensor of 3 or 4 axes") -> ClassifierError:
         name = type(self.model).__name__
-        seen = [f"{layer}: {why}" for layer, why in self.failed.items()]
-        listed = "; ".join(seen[:MOST_LISTED]) or "no layer gives a tensor of 3 or 4 axes"
+        seen = [f"{layer}: {failure}" for layer, failure in self.failed.items()]
+        listed = "; ".join(seen[:MOST_LISTED]) or why
         return ClassifierError(
             f"no feature map was found in {name}: {listed}. Pass target_layer= (the name of one of "
             "these or an earlier layer, or a function from images to the map) if you know it"

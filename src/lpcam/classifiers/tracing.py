@@ -38,9 +38,14 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; restores flags, weights and random state on exit."""
+    """Evaluation mode without gradients; restores flags, weights and random state on exit.
+
+    Attributes and buffers that a pass replaces are restored too: some models keep the size of the
+    smallest image they have seen (the windows of Hugging Face's Swin).
+    """
     flags = {module: module.training for module in model.modules()}
     needed = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    kept = [(part, dict(part)) for m in flags for part in (vars(m), m._buffers)]
     plain = nn.Module.train
     overriding = [m for m in flags if m.training and getattr(m.train, "__func__", None) != plain]
     # Merging weights and undoing it changes them by rounding.
@@ -51,6 +56,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     ]
 
     def restore() -> None:
+        for part, before in kept:
+            for name, value in before.items():
+                if part.get(name) is not value and name != "training":
+                    part[name] = value
         for module, flag in flags.items():
             module.training = flag
         for parameter, need in needed.items():
