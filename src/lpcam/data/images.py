@@ -262,7 +262,7 @@ def _colour_values(image: Image.Image, source: Path | bytes, reading: Reading) -
     """Colours of 16 bits (H, W, C); None where their upper 8 bits are all that matters."""
     if image.format == "PNG":
         # torchvision takes 160 MB of memory, and few images need it
-        from torchvision.io import decode_png  # type: ignore[import-untyped]  # noqa: PLC0415
+        from torchvision.io import decode_png  # noqa: PLC0415
 
         content = bytearray(source if isinstance(source, bytes) else source.read_bytes())
         data = torch.frombuffer(content, dtype=torch.uint8)

@@ -133,8 +133,8 @@ def estimate_run(
                 lpcam, lpcam_f = map(FusedMaps, both.cam.chunk(2), both.high_res.chunk(2))
                 cam = cam_maps(pairs, rows, size, epsilon=recipe.lpcam.cam_epsilon)
                 for name, maps in (("cam", cam), ("lpcam", lpcam), ("lpcam_f", lpcam_f)):
-                    planes = (one.float().cpu().numpy() for one in (maps.cam, maps.high_res))
-                    file = MapFile(keys, *planes)
+                    low, high = (one.float().cpu().numpy() for one in (maps.cam, maps.high_res))
+                    file = MapFile(keys, low, high)
                     write_maps(map_path(place, name), file, dtype=recipe.maps.dtype)
                 seed = seeds(lpcam.high_res, recipe.lpcam.threshold)
                 write_mask(place / "seed.png", to_mask(seed, keys, dataset.classes))
