@@ -227,8 +227,8 @@ class LPCAM(CAM):
     pooled features of the frozen model (as the linear probe of a run).
 
     Args:
-        model, settings, classes, target_layer, head, pool, example, attention_blocks,
-        remove_position_bias: as for :class:`CAM`.
+        model, settings, classes, target_layer, head, pool, example: as for :class:`CAM`.
+        attention_blocks, remove_position_bias: as for :class:`CAM`.
         random_state: random seed of the reservoir and the clustering: an integer, or a NumPy
             RandomState or Generator that each fit draws one from; None: another one at each fit.
         dtype: precision in which local features are kept; the largest float16 is 65504.
