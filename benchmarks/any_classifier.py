@@ -72,7 +72,7 @@ mobilenet_v3_small regnet_x_400mf regnet_x_800mf regnet_y_400mf regnet_y_800mf r
 resnet50 resnext50_32x4d shufflenet_v2_x0_5 shufflenet_v2_x1_0 squeezenet1_0 squeezenet1_1 swin_t
 swin_v2_t vgg11 vgg11_bn vit_b_32 deeplabv3_mobilenet_v3_large fcn_resnet50
 lraspp_mobilenet_v3_large fasterrcnn_mobilenet_v3_large_320_fpn
-ssdlite320_mobilenet_v3_large wide_resnet50_2 vgg13 r3d_18 mc3_18
+ssdlite320_mobilenet_v3_large resnext101_32x8d vgg13 r3d_18 mc3_18
 swin3d_t quantized_resnet18 quantized_mobilenet_v2
 """.split()  # noqa: SIM905
 LEAST_LOCALITY, LEAST_DEPTH, TOLD = 3.0, 0.5, "mix the whole image"
@@ -162,6 +162,9 @@ def outcome(model: nn.Module, classes: list[str] | None) -> Outcome:
 
 
 CAUSES = {
+    "detector": "not one output for each image",
+    "no feature map": "no layer behaves like a map",
+    "same for all images": "random weights give one map for all images",
     "class token": "class token",
     "text": "takes text beside images",
     "packed patches": "packed patches",
@@ -170,10 +173,9 @@ CAUSES = {
     "no logits": "no logits",
     "no linear layer": "no single linear layer gives the logits",
     "not the mean": "the head does not read a mean",
-    "detector": "a detector",
-    "no feature map": "no layer behaves like a map",
     "took no image": "takes no such images",
 }
+"""Parts of messages and their causes, the first that fits"""
 
 
 def _cause(message: str) -> str:

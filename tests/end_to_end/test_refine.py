@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -315,7 +314,6 @@ def test_given_maps(
     plain: Values,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The same masks as a run makes of the same maps; what does not fit is left out and told."""
     maps = tmp_path / "maps"
@@ -338,9 +336,7 @@ def test_given_maps(
     (tmp_path / "tiny.yaml").write_text(json.dumps(recipe))
     folder = tmp_path / "refined"
     command = ["refine", str(tmp_path / "tiny.yaml"), str(maps), "--run.folder", str(folder)]
-    with caplog.at_level(logging.INFO):
-        assert main(command) == 0
-    assert "1 images are left out" in caplog.text
+    assert main(command) == 0
     printed = capsys.readouterr().out
     reasons = ("i05.npz", "i06.npz is damaged", "8 x 8 pixels", "class index", "up to 255")
     classes = ("i02.npz has the classes green, blue, red", "not labelled with: blue")

@@ -30,6 +30,7 @@ ALONG = 0.15
 PEAK = 4.0  #: Largest ratio of the largest change and the mean of a layer that mixes its cells.
 LEAST_CHANNELS = 4  #: Images and maps of attention have fewer.
 CARRIED = 1e-3  #: Largest share of the model's output that may not pass through the map.
+VANISHED = 1e-30  #: Changes so small are those of a map whose values vanish.
 NOISES = 3
 ASPECT = 0.5  #: Largest difference of the aspect ratios of a grid and its image, as a logarithm.
 
@@ -95,7 +96,7 @@ class MapCheck:
         if doubled is not None and not _follows(layer, grid, doubled, twice):
             return Figures(failure="its grid does not follow the size of the image")
         change = max(float((one - one[:1]).abs().max()) for one in outputs if one is not None)
-        if change <= max(1e-7 * float(raw.abs().max()), torch.finfo(torch.float32).tiny):
+        if change <= max(1e-7 * float(raw.abs().max()), VANISHED):
             return Figures(failure="it is the same for all images")
         ordered, whole = _locality([layer.map(one, size) for one in outputs if one is not None])
         if not (ordered and whole >= LOCAL) and doubled is not None:

@@ -336,7 +336,8 @@ class Finder:
         calls = [c for c in self.record.calls if next(c.module.parameters(False), None) is not None]
         order = {id(call): index for index, call in enumerate(self.record.calls)}
         own = [c for c in self.record.calls if (c.module, c.number) == (layer.layer, layer.number)]
-        return sum(order[id(c)] <= order[id(own[0])] for c in calls) / max(1, len(calls))
+        before = sum(order[id(c)] <= order[id(own[0])] for c in calls)
+        return before / len(calls) if calls else 1.0
 
     def _is_linear(self, layer: MapLayer) -> bool:
         weight = getattr(layer.layer, "weight", None)
