@@ -207,6 +207,13 @@ def test_a_head_on_the_mean_of_no_map(change: Callable[[Tensor], Tensor], why: s
         wrap(Pooled(change).eval())
 
 
+def test_an_edge_that_is_left_out_does_not_count() -> None:
+    torch.manual_seed(0)
+    wrapped = wrap(Pooled(lambda maps: F.pad(maps.square()[..., :-1, :-1], (0, 1, 0, 1))).eval())
+    assert wrapped.found.startswith("map: split")
+    assert wrapped.figures.is_local
+
+
 def test_a_layer_that_is_given_is_used_and_its_failure_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -357,3 +364,10 @@ def quantised() -> nn.Module:
 def test_what_is_no_model_of_images_has_its_own_cause(make: Callable[[], Any], why: str) -> None:
     with pytest.raises(ClassifierError, match=why):
         wrap(make(), classes=NEW)
+
+
+def test_tokens_of_an_attention_pool_are_no_map() -> None:
+    torch.manual_seed(0)
+    found = wrap(timm.create_model("resnet50_clip", pretrained=False), classes=["a", "b"])
+    assert found.found.startswith("map: final_conv")
+    assert found.figures.is_local

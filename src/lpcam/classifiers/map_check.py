@@ -213,8 +213,10 @@ def _locality(maps: list[Tensor]) -> tuple[bool, float]:
     corners: list[list[Tensor]] = []
     quadrants: list[list[Tensor]] = []
     peaks: list[Tensor] = []
-    for features in maps:
-        change = (features[1:] - features[:1]).double().norm(dim=1)
+    changes = [(features[1:] - features[:1]).double().norm(dim=1) for features in maps]
+    # Some layers leave out what does not fill a patch at the edge: nothing changes there.
+    rows, columns = (torch.stack(changes).sum((0, 1, axis)) > 0 for axis in (3, 2))
+    for change in (one[:, rows][:, :, columns] for one in changes):
         peaks.append((change.amax((1, 2)) / change.mean((1, 2))).nan_to_num(0.0))
         for part, found in ((4, corners), (2, quadrants)):
             height, width = (max(1, side // part) for side in change.shape[1:])

@@ -303,8 +303,9 @@ class Finder:
             for token in (False, True):
                 for layer, _, raw in self._trace(vector, token=token):
                     figures = self._figures(layer, raw)
-                    # a mean is one of places; a token need not belong to a map
-                    if figures is not None and not (token and figures.locality < PLACED):
+                    # a mean is one of places; a token, or tokens all like it, need not be a map
+                    doubtful = token or layer.prefix > 0
+                    if figures is not None and not (doubtful and figures.locality < PLACED):
                         return replace(layer, token=None), figures
         if self.layer is None and not self.check.answers:
             raise self._no_map("its output is not one for each image, as of a detector")
