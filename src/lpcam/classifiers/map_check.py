@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, NamedTuple
@@ -79,29 +79,32 @@ class MapCheck:
     def figures(self, layer: MapLayer, raw: Tensor) -> Figures:
         """The figures of a layer; ``raw`` is its output for the two images."""
         size = self.record.size
-        grid = layer.map(raw, size).shape[2:]
-        if layer.map(raw, size).shape[1] < LEAST_CHANNELS:
+        channels, *grid = layer.map(raw, size).shape[1:]
+        if channels < LEAST_CHANNELS:
             return Figures(failure=f"fewer than {LEAST_CHANNELS} channels")
-        if grid.numel() < 2 or misshape(grid, size) > max(ASPECT, 1.5 / min(grid)):
+        if math.prod(grid) < 2 or misshape(grid, size) > max(ASPECT, 1.5 / min(grid)):
             return Figures(failure=f"its grid {_x(grid)} has not the shape of images {_x(size)}")
-        outputs = self._outputs(layer, "disturbed")
-        if any(one is None or one.shape != (5, *raw.shape[1:]) for one in outputs):
+        outputs = [
+            one
+            for one in self._outputs(layer, "disturbed")
+            if one is not None and one.shape == (5, *raw.shape[1:])
+        ]
+        if len(outputs) < NOISES:
             return Figures(failure="not one map for each image of a batch")
-        first = outputs[0]
         bound = max(CARRIED, self.record.tolerance) * float(raw.abs().max())
-        if first is not None and float((first[0] - raw[0]).abs().max()) > bound:
+        if float((outputs[0][0] - raw[0]).abs().max()) > bound:
             return Figures(failure="depends on the other images of a batch")
         twice = (2 * size[0], 2 * size[1])
         doubled = self._outputs(layer, "doubled")[0] if self.follows_size else None
         if doubled is not None and not _follows(layer, grid, doubled, twice):
             return Figures(failure="its grid does not follow the size of the image")
-        change = max(float((one - one[:1]).abs().max()) for one in outputs if one is not None)
+        change = max(float((one - one[:1]).abs().max()) for one in outputs)
         if change <= max(1e-7 * float(raw.abs().max()), VANISHED):
             return Figures(failure="it is the same for all images")
-        ordered, whole = _locality([layer.map(one, size) for one in outputs if one is not None])
+        ordered, whole = _locality([layer.map(one, size) for one in outputs])
         if not (ordered and whole >= LOCAL) and doubled is not None:
-            outputs = self._outputs(layer, "doubled, disturbed")
-            again = _locality([layer.map(one, twice) for one in outputs if one is not None])
+            larger = self._outputs(layer, "doubled, disturbed")
+            again = _locality([layer.map(one, twice) for one in larger if one is not None])
             ordered, whole = max((ordered, whole), again)
         if not ordered:
             return Figures(whole, "its cells are not in the order of the image's rows and columns")
@@ -200,8 +203,8 @@ def _exchanged(found: Tensor, own: Tensor) -> bool:
     return bool((found - own.flip(0)).abs().max() <= bound)
 
 
-def _follows(layer: MapLayer, grid: torch.Size, doubled: Tensor, size: tuple[int, int]) -> bool:
-    """Whether a grid has about twice the rows and columns for an image of twice the size."""
+def _follows(layer: MapLayer, grid: Sequence[int], doubled: Tensor, size: tuple[int, int]) -> bool:
+    """Tell if an image of twice the size has a grid of about twice the rows and columns."""
     if layer.layout == "tokens" and doubled.shape[1] <= layer.prefix:
         return False
     twice = layer.map(doubled, size).shape[2:]
@@ -209,7 +212,7 @@ def _follows(layer: MapLayer, grid: torch.Size, doubled: Tensor, size: tuple[int
 
 
 def _locality(maps: list[Tensor]) -> tuple[bool, float]:
-    """Whether cells have the order of the image, and the ratio of changes at opposite corners."""
+    """Order of the cells as in the image or not, and the ratio of changes at opposite corners."""
     corners: list[list[Tensor]] = []
     quadrants: list[list[Tensor]] = []
     peaks: list[Tensor] = []

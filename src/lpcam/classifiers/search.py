@@ -174,7 +174,7 @@ class Finder:
         else:  # at least two patches remain
             prefixes = range(min(MOST_PREFIX_TOKENS, count - 2) + 1)
             likeliest = self._prefix(count, 0)
-            for relu, prefix in product((False, True), (likeliest, *prefixes)):
+            for relu, prefix in product((False, True), dict.fromkeys((likeliest, *prefixes))):
                 yield replace(layer, relu=relu, prefix=prefix)
 
     def _prefix(self, count: int, least: int) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -159,7 +158,7 @@ def read_header(path: Path) -> Header:
             width, height = image.size
             deep = _is_deep(image)
             # to look for EXIF data, Pillow decodes a PNG
-            plain = image.format == "PNG" and not re.search(b"(?i)exif", path.read_bytes())
+            plain = image.format == "PNG" and b"exif" not in path.read_bytes().lower()
             turn = 1 if plain else _turn(image)
             palette = bytes(image.palette.palette) if image.mode == "P" and image.palette else None
             # Pillow gives the upright size of a TIFF, and the stored size of other files.
@@ -208,7 +207,7 @@ def _turn(image: Image.Image) -> int:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Whether an image that is opened and not decoded has more than 8 bits a channel."""
+    """Tell if an image has more than 8 bits a channel, from its header."""
     tiles: Any = getattr(image, "tile", ())  # of a file that is opened
     return _is_deep_grey(image) or any(";16" in str(tile[3]) for tile in tiles)
 

@@ -210,7 +210,7 @@ def _draw(points: NDArray[np.float64], size: tuple[int, int]) -> NDArray[np.bool
 
 
 def _is_labels(path: Path) -> bool:
-    """Whether a text file begins with an object, and is in ``labels`` or beside an image."""
+    """Tell if a text file holds labels: it begins with an object and stands where labels do."""
     with path.open("rb") as file:
         cells = file.readline(10_000).decode("utf-8-sig", "replace").split()
     if len(cells) < 5 or not all(map(_NUMBER.fullmatch, cells)):

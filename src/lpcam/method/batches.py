@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lpcam.runtime.errors import BatchError, ClassifierError, PrototypeError
+from lpcam.data.dataset import nearest_name
+from lpcam.runtime.errors import BatchError, ClassifierError, PrototypeError, shortened
 
 Batches = Iterable[Any]
 """A loader: an iterable of batches as :data:`BATCH` says."""
@@ -165,10 +165,11 @@ def _index(label: Any, classes: Sequence[str]) -> int:
     if isinstance(label, str):
         if (uses := list(classes).count(label)) == 1:
             return classes.index(label)
-        near = difflib.get_close_matches(label, classes, n=5, cutoff=0.5)
+        if uses:
+            raise BatchError(f"several classes have the name {label!r}; give the class index")
         raise BatchError(
-            f"{'several classes have the name' if uses else 'unknown class'} {label!r}; some of "
-            f"the {len(classes)} classes are {', '.join(near or [*classes[:8], '...'])}"
+            f"unknown class {label!r}{nearest_name(label, classes)}; the {len(classes)} classes "
+            f"are {shortened(classes)}"
         )
     if isinstance(label, bool) or not hasattr(label, "__index__"):
         raise BatchError(f"the label {label!r:.60} is not a class index or name; {BATCH}")

@@ -407,6 +407,8 @@ class LPCAM(CAM):
             self._take(source)
             self._reservoir = Reservoir(settings.max_features, self._seed(), self.dtype)
         self._check_weights()
+        if not self._loaded:
+            return
         own = settings.model_dump(mode="json", exclude={"preset", "threshold", "cam_threshold"})
         if changed := [name for name, one in own.items() if self._loaded.get(name, one) != one]:
             raise PrototypeError(
