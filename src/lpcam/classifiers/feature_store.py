@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.early_layers import Tap
 from lpcam.classifiers.features import FeaturePair, all_finite, features_of
 from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side, resize_image
@@ -66,7 +67,10 @@ def naming(items: Sequence[Item]) -> Iterator[None]:
 
 
 class FeatureStore:
-    """Features of images at several scales, from memory or the backbone; thread-safe."""
+    """Features of images at several scales, from memory or the backbone; thread-safe.
+
+    ``early`` are names of early layers, whose maps a pass at scale 1 gives too.
+    """
 
     def __init__(
         self,
@@ -78,8 +82,10 @@ class FeatureStore:
         budget: int,
         keep: Iterable[str],
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        early: Sequence[str] = (),
     ) -> None:
         self.classifier = classifier.folded()
+        self._tap = Tap(self.classifier.backbone, early) if early else None
         self.flip = flip
         self.maximum_side = maximum_side
         self.dtype = DTYPES[dtype]
@@ -87,7 +93,7 @@ class FeatureStore:
         self.keep = frozenset(keep)
         self.precision = PRECISIONS[precision]
         self.used = 0
-        self._kept: dict[tuple[str, float], Tensor] = {}
+        self._kept: dict[tuple[str, float | str], Tensor] = {}
         self._lock = threading.Lock()
 
     @torch.inference_mode()
@@ -101,23 +107,65 @@ class FeatureStore:
                 if images is None:
                     images = np.stack([limit_long_side(i.read(), self.maximum_side) for i in items])
                 with naming(items):
-                    stacked = self._compute(images, scale)
+                    stacked = self._compute(images, scale, items)
                 for item, one in zip(items, stacked, strict=True):
                     self._offer(item.id, scale, one)
             full = torch.stack(stacked).to(self.classifier.device).float()
             yield FeaturePair(full[:, 0], full[:, 1] if self.flip else None)
 
-    def _compute(self, images: NDArray[np.uint8], scale: float) -> list[Tensor]:
+    @torch.inference_mode()
+    def early(self, items: Sequence[Item]) -> list[FeaturePair]:
+        """Float32 features (B, C, h, w) of B images of equal size at scale 1, of each early layer.
+
+        There is one pair for each early layer; none if the store was made without any.
+        """
+        layers = () if self._tap is None else self._tap.layers
+        kept = [[self._kept.get((item.id, name)) for item in items] for name in layers]
+        if any(one is None for row in kept for one in row):
+            images = np.stack([limit_long_side(i.read(), self.maximum_side) for i in items])
+            found: dict[tuple[str, float | str], Tensor] = {}
+            with naming(items):
+                self._compute(images, 1.0, items, found)
+            kept = [[found[item.id, name] for item in items] for name in layers]
+        pairs = []
+        for row in kept:
+            full = torch.stack([one for one in row if one is not None])
+            full = full.to(self.classifier.device).float()
+            pairs.append(FeaturePair(full[:, 0], full[:, 1] if self.flip else None))
+        return pairs
+
+    def _compute(
+        self,
+        images: NDArray[np.uint8],
+        scale: float,
+        items: Sequence[Item],
+        found: dict[tuple[str, float | str], Tensor] | None = None,
+    ) -> list[Tensor]:
+        """Features of images; those of early layers are offered, and put into ``found``."""
         how: dict[str, Any] = {"flip": self.flip, "precision": self.precision}
         (pair,) = image_pyramid(self.classifier, images, (scale,), **how)
         stacked = torch.stack([part.to(self.dtype) for part in pair if part is not None], dim=1)
+        maps = [] if self._tap is None else self._tap.take(images.shape[1:3])
+        for name, values in zip(self._tap.layers if self._tap else (), maps, strict=True):
+            if scale != 1.0:
+                break
+            sides = (
+                values.to(self.dtype).reshape(-1, len(images), *values.shape[1:]).transpose(0, 1)
+            )
+            if not all_finite(sides):
+                stacked = sides  # told below
+            for item, one in zip(items, sides, strict=True):
+                if found is not None:
+                    found[item.id, name] = one
+                self._offer(item.id, name, one)
         if not all_finite(stacked):
             raise PrototypeError(
                 "the features are too large for half precision; set maps.features to float32"
             )
         return list(stacked)
 
-    def _offer(self, name: str, scale: float, stacked: Tensor) -> None:
+    def _offer(self, name: str, scale: float | str, stacked: Tensor) -> None:
+        """Keep features at a scale, or of an early layer, if there is room."""
         size = stacked.numel() * stacked.element_size()
         with self._lock:
             known = (name, scale) in self._kept

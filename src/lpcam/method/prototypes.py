@@ -29,6 +29,8 @@ from lpcam.runtime.parallel import one_thread, ordered_map
 logger = logging.getLogger(__name__)
 PARTS = ("centers", "scores", "sizes", "keep")
 """Fields of :class:`Centers`, which are tensors in a file of prototypes."""
+MEMBERS = 25  #: Features of a cluster, in the mean, where their number is automatic.
+FEWEST_CLUSTERS = 4  #: Smallest automatic number of clusters.
 MOST_TOLD = 5  #: Events that are logged; all are in :attr:`Prototypes.events`.
 
 
@@ -192,7 +194,7 @@ def make_prototypes(
                 continue
             results = clustered[index, side]
             count = len(results[0].sizes)
-            if count < settings.clusters:
+            if count < settings.clusters and "clusters" not in settings.automatic:
                 events.append(
                     f"{name}: only {count} {side} features, fewer than K={settings.clusters}; "
                     f"{count} clusters were made"
@@ -207,17 +209,19 @@ def make_prototypes(
             found.sizes[index, : len(z)] = torch.cat([one.sizes for one in results]).cpu()
             scores, lower = found.scores[index], settings.context_lower
             if side == "context":
-                found.keep[index] = select_context(scores, settings.mu_b, lower)
+                mu_b = _relative(settings, "mu_b", z)
+                found.keep[index] = select_context(scores, mu_b, lower)
                 if not bool(found.keep[index].any()):
                     events.append(
                         f"{name}: no context centre scores between {lower or 0:g} and "
-                        f"mu_b={settings.mu_b:g}; its map is the foreground term alone"
+                        f"mu_b={mu_b:g}; its map is the foreground term alone"
                     )
                 continue
-            found.keep[index] = select_foreground(scores, settings.mu_f)
-            if not bool((scores > settings.mu_f).any()):
+            mu_f = _relative(settings, "mu_f", z)
+            found.keep[index] = select_foreground(scores, mu_f)
+            if not bool((scores > mu_f).any()):
                 events.append(
-                    f"{name}: no foreground centre scores above mu_f={settings.mu_f:g}; the "
+                    f"{name}: no foreground centre scores above mu_f={mu_f:g}; the "
                     f"best one ({float(z.max()):.3f}) is kept"
                 )
     if not bool(foreground.keep.any()):
@@ -239,6 +243,20 @@ def make_prototypes(
     )
 
 
+def _relative(settings: LpcamSettings, name: str, scores: Tensor) -> float:
+    """A threshold of scores; an automatic one is relative to the best score of the class."""
+    value: float = getattr(settings, name)
+    return value * float(scores.max()) if name in settings.automatic else value
+
+
+def _clusters(settings: LpcamSettings, rows: int) -> int:
+    """K for some rows; an automatic one leaves each cluster `MEMBERS` of them in the mean."""
+    wanted = settings.clusters
+    if "clusters" in settings.automatic:
+        wanted = min(wanted, max(FEWEST_CLUSTERS, rows // MEMBERS))
+    return min(wanted, rows)
+
+
 def _cluster(
     reservoir: Reservoir, settings: LpcamSettings, seed: int, device: torch.device, workers: int
 ) -> dict[tuple[int, SideName], list[Clusters]]:
@@ -254,7 +272,7 @@ def _cluster(
             )
             for restart in range(settings.restarts)
         ]
-        return method.fit(rows, min(settings.clusters, len(rows)), generators)
+        return method.fit(rows, _clusters(settings, len(rows)), generators)
 
     # The largest first, so that no thread works alone at the end.
     order = sorted(features, key=lambda place: -len(features[place]))

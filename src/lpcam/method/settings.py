@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Self
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_serializer, model_validator
 
 from lpcam.method.clustering import CLUSTERINGS, CenterKind, Init, ToleranceKind
 from lpcam.runtime.settings import Fraction, Positive, PresetModel, Section
 
-Method = Literal["CAM", "LPCAM-F", "LPCAM"]  #: The maps that a run makes of its own classifier.
-METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM")
+Method = Literal["CAM", "LPCAM-F", "LPCAM", "LPCAM-E"]
+"""The maps that a run makes of its own classifier; LPCAM-E if it looks at early layers."""
+METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM", "LPCAM-E")
+AUTO = "auto"
+AUTOMATIC = ("tau", "clusters", "mu_f", "mu_b", "scales", "threshold", "cam_threshold")
+"""Values of :class:`LpcamSettings` that may be ``auto``."""
+FALLBACK = "frozen"  #: Preset whose values hold until a run has measured those that are ``auto``.
 
 
 class FittingSettings(Section):
@@ -86,13 +92,71 @@ class SeedSettings(Section):
     """Threshold of the CAM seed masks; a higher one marks fewer pixels."""
 
 
+class EarlySettings(Section):
+    """How early layers of the backbone sharpen maps (docs/adaptive.md)."""
+
+    base: Literal["auto", "CAM", "LPCAM"] = "auto"
+    """Maps that the early layers start from. Auto: those that the judge prefers."""
+    fusion: Literal["auto", "none", "fused", "alone"] = "auto"
+    """How they are used: not at all, multiplied with the base, or alone. Auto: the judge's."""
+    rounds: Annotated[int, Field(ge=1, le=5)] = 2
+    """Number of times that places are split by the sharper map and clustered anew."""
+    clusters: Annotated[int, Field(ge=1)] = 36
+    """Number of clusters of each class, side and layer."""
+    nearest: Annotated[int, Field(ge=1)] = 8
+    """Number of nearest centres of a side whose cosines are averaged at a place."""
+    foreground: Fraction = 0.6
+    """Places above this share of a map's largest cell are foreground."""
+    context: Fraction = 0.35
+    """Places where the largest map is below this value are context."""
+    places: Annotated[int, Field(ge=1)] = 60
+    """Maximum number of sampled places of each image, class and side."""
+    images: Annotated[int, Field(ge=1)] = 200
+    """Number of images that are clustered and judged, or 25 for each class if that is more."""
+
+
 class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel):
-    """All settings of LPCAM. Functions that need only some take the part that they read."""
+    """All settings of LPCAM. Functions that need only some take the part that they read.
+
+    A value of `AUTOMATIC` may be given as ``auto``; the field then has the value of `FALLBACK`.
+    """
 
     table: ClassVar[str] = "lpcam"
     preset: str = "voc12.official"
+    early: EarlySettings | None = None
+    """Early layers of the backbone, for the maps LPCAM-E; null: none."""
+    _automatic: frozenset[str] = PrivateAttr(default=frozenset())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _take_auto(cls, given: Any, handler: Callable[[Any], Self]) -> Self:
+        if not isinstance(given, Mapping):
+            return handler(given)
+        name = given.get("preset", cls.model_fields["preset"].default)
+        own = cls.preset_values(name) if name in cls.preset_names() else {}
+        values = {**own, **given}
+        automatic = [key for key in AUTOMATIC if values.get(key) == AUTO]
+        known = {key: cls.preset_values(FALLBACK)[key] for key in automatic}
+        made = handler({**given, **known})
+        made._automatic = frozenset(automatic)
+        return made
+
+    @model_serializer(mode="wrap")
+    def _say_auto(self, handler: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:
+        return {k: AUTO if k in self._automatic else v for k, v in handler(self).items()}
 
     @property
-    def fitting(self) -> FittingSettings:
-        """How prototypes are fitted."""
-        return FittingSettings(**self.model_dump(include=set(FittingSettings.model_fields)))
+    def automatic(self) -> frozenset[str]:
+        """Names of the values that are ``auto``, which a run chooses."""
+        return self._automatic
+
+    def fixed(self, **values: Any) -> Self:
+        """These settings with values, which are no longer ``auto``."""
+        made = self.model_copy(update=values)
+        made._automatic = self._automatic - values.keys()
+        return made
+
+    @property
+    def fitting(self) -> dict[str, Any]:
+        """How prototypes are fitted, as JSON, for cache keys."""
+        return self.model_dump(mode="json", include=set(FittingSettings.model_fields))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -11,10 +12,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import yaml
 
 from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.early_layers import early_layers
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.pixels import key_of, look_at_pixels, refuse_ruin
@@ -22,12 +25,13 @@ from lpcam.data.reader import ListName, Opened
 from lpcam.data.survey import Finding
 from lpcam.data.validation import check_images
 from lpcam.evaluation.scoring import why_not_scored
+from lpcam.method.settings import METHODS, LpcamSettings, Method
 from lpcam.pipeline.cache import LEFTOVERS, Output, Record, Result, Task
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.distributed import Processes, Sharing
-from lpcam.runtime.errors import ArtefactError, DataError, LpcamError, RecipeError
+from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError, LpcamError, RecipeError
 from lpcam.runtime.files import digest_file, digest_json, read_json, write_bytes, write_json
 from lpcam.runtime.progress import progress
 from lpcam.runtime.resources import (
@@ -47,6 +51,10 @@ MEMORY_SHARE = 0.5
 """Share of the available memory that a run uses where the recipe names no amount."""
 FEATURES_SHARE = 0.5
 """Share of a run's memory for features that several stages need; the rest is for the reservoir."""
+USUAL_STRIDE = 32  #: Of a backbone whose recipe names no output stride.
+FEWEST_CELLS = 12
+"""Cells of the features along an image's shorter side, below which larger scales are taken."""
+LARGEST_SCALE = 3  #: Largest factor of the scales.
 FILE_SECONDS = 60.0  #: How long a file that another machine has written may take to become visible.
 N = TypeVar("N", bound=SavedNetwork)
 S = TypeVar("S")
@@ -92,6 +100,11 @@ class Context:
         self.dataset, self.records = self._index()
         self.sharing = self._sharing()
         self.results: dict[str, Result] = {}
+        self.choices: list[Record] = []
+        """What the run chose: ``key``, ``value`` and ``reason``."""
+        self.verdicts: dict[str, Record] = {}
+        """The judge's verdict on the maps of each method whose threshold it chooses."""
+        self.lpcam = self._with_scales(recipe.lpcam)
         self.given_maps: Given | None = None
         self.given_masks: Given | None = None
         self.rows: list[Record] = []
@@ -316,6 +329,57 @@ class Context:
         field = "digest" if truth else "image_digest"
         return digest_json([[i.id, list(i.labels), self.records[i.id][field]] for i in items])
 
+    def _with_scales(self, settings: LpcamSettings) -> LpcamSettings:
+        """The settings with scales that fit the images, where they are ``auto``."""
+        if "scales" not in settings.automatic or not self.records:
+            return settings
+        limit = self.recipe.maps.maximum_side
+        sides = [min(r["height"], r["width"]) for r in self.records.values()]
+        side = min(float(np.median(sides)), limit)
+        stride = self.recipe.classifier.output_stride or USUAL_STRIDE
+        factor = max(1, min(LARGEST_SCALE, math.ceil(FEWEST_CELLS * stride / side)))
+        scales = tuple(factor * scale for scale in settings.scales)
+        reason = f"the shorter side has {side:.0f} pixels, {side / stride:.1f} cells, in the median"
+        self.chose("lpcam.scales", ", ".join(f"{scale:g}" for scale in scales), reason)
+        return settings.fixed(scales=scales)
+
+    def chose(self, key: str, value: str, reason: str) -> None:
+        """Note and tell what the run chose itself, and why."""
+        if key not in (one["key"] for one in self.choices):
+            self.choices.append({"key": key, "value": value, "reason": reason})
+            if self.processes.first:
+                logger.info("chosen: %s = %s (%s)", key, value, reason)
+
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        """The maps that the run makes of its own classifier."""
+        return METHODS if self.recipe.lpcam.early is not None else METHODS[:-1]
+
+    def threshold(self, method: str, stated: S) -> float | S:
+        """Threshold of a method's maps: the judge's, else the stated one."""
+        if method in self.verdicts:
+            return float(self.verdicts[method]["threshold"])
+        return stated
+
+    def own_threshold(self, method: str) -> float:
+        """Threshold of the maps of the run's own classifier."""
+        return self.threshold(method, self.recipe.fixed_threshold(method))
+
+    @cached_property
+    def early_layers(self) -> tuple[str, ...]:
+        """Early layers of the backbone that the run looks at; none where nothing is chosen."""
+        return self._early_layers(self.classifier)
+
+    def _early_layers(self, classifier: Classifier) -> tuple[str, ...]:
+        chooses = any(self.recipe.chooses_threshold(method) for method in self.methods)
+        if self.recipe.lpcam.early is None and not chooses:
+            return ()
+        try:
+            return early_layers(classifier.backbone)
+        except ClassifierError as error:
+            self.chose("lpcam.early", "none", str(error))
+            return ()
+
     @property
     def makes_maps(self) -> bool:
         """Whether the run makes maps of its own, not from another program's maps or masks."""
@@ -346,6 +410,7 @@ class Context:
                 precision=section.precision,
                 budget=int(self.memory() * FEATURES_SHARE),
                 keep=(item.id for item in (*self.items("maps"), *self.items("prototypes"))),
+                early=self._early_layers(classifier),
             )
         return self._store
 

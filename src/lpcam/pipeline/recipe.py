@@ -60,8 +60,9 @@ class SeedsSection(Section):
 
     method: Method = "LPCAM"
     """Method whose maps are cut into seed masks."""
-    threshold: Fraction | None = None
-    """Threshold of the seed masks: map values above it are foreground. Null: the lpcam preset's."""
+    threshold: Fraction | Literal["auto"] | None = None
+    """Threshold of the seed masks: map values above it are foreground. Auto: the judge's, for all
+    maps of the run. Null: the lpcam preset's."""
     ignore_threshold: Fraction | None = None
     """Map values from this to the threshold become 255 (ignored); null: none."""
 
@@ -113,13 +114,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
+        if self.seeds.method == "LPCAM-E" and self.lpcam.early is None:
+            raise ValueError(
+                "seeds.method LPCAM-E needs early layers: lpcam.preset adaptive, or lpcam.early {}"
+            )
         ignore, threshold = self.seeds.ignore_threshold, self.fixed_threshold(self.seeds.method)
+        if ignore is not None and self.chooses_threshold(self.seeds.method):
+            raise ValueError(
+                "seeds.ignore_threshold needs a fixed threshold of the seeds; set seeds.threshold"
+            )
         if ignore is not None and ignore > threshold:
             raise ValueError(
                 f"seeds.ignore_threshold {ignore} must not be above the threshold of the seeds, "
                 f"{threshold} (seeds.threshold, or that of the lpcam preset)"
             )
-        made = ("CAM", "LPCAM", *(() if self.host is None else (a.title for a in self.host.arms)))
+        own = ("CAM", "LPCAM", *(("LPCAM-E",) if self.lpcam.early is not None else ()))
+        made = (*own, *(() if self.host is None else (a.title for a in self.host.arms)))
         if unknown := [name for name in self.refined if name not in made]:
             raise ValueError(
                 f"refine.maps has {unknown[0]}, which this run does not make; it makes "
@@ -148,25 +158,40 @@ class Recipe(Section):
             return ()
         if self.refine.maps is not None:
             return self.refine.maps
-        return ("CAM", "LPCAM") if self.host is None else tuple(a.title for a in self.host.arms)
+        if self.host is not None:
+            return tuple(a.title for a in self.host.arms)
+        return ("CAM", "LPCAM") if self.lpcam.early is None else ("LPCAM-E",)
 
     @property
     def segmented(self) -> tuple[str, ...]:
         """The masks that a segmenter is trained on each."""
         if self.segment is None:
             return ()
-        return self.segment.masks or self.refined or ("CAM", "LPCAM")
+        own = ("CAM", "LPCAM") if self.lpcam.early is None else ("LPCAM-E",)
+        return self.segment.masks or self.refined or own
 
     @property
     def folder(self) -> Path:
         """Folder of the run."""
         return self.run.folder or Path("runs") / self.name
 
-    def fixed_threshold(self, method: Method) -> float:
+    def fixed_threshold(self, method: str) -> float:
         """The fixed threshold of a method's seeds: the recipe's for its own, or the preset's."""
-        if method == self.seeds.method and self.seeds.threshold is not None:
-            return self.seeds.threshold
+        own = self.seeds.threshold
+        if method == self.seeds.method and isinstance(own, float):
+            return own
         return self.lpcam.cam_threshold if method == "CAM" else self.lpcam.threshold
+
+    def chooses_threshold(self, method: str) -> bool:
+        """Whether the judge chooses the threshold of a method's maps: also of a host's."""
+        own = self.seeds.threshold
+        if own == "auto":
+            return True
+        if method == self.seeds.method and own is not None:
+            return False
+        if method == "LPCAM-E":  # no preset states one
+            return True
+        return ("cam_threshold" if method == "CAM" else "threshold") in self.lpcam.automatic
 
     def changed(self, changes: Mapping[str, Any]) -> Recipe:
         """The recipe with some values replaced, by dotted key such as ``lpcam.tau``."""

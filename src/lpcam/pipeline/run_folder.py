@@ -28,7 +28,7 @@ from lpcam.segmentation.segmenter import Segmenter
 from lpcam.segmentation.settings import SegmentSection
 
 logger = logging.getLogger(__name__)
-TRAINED_ON = ("lpcam", "cam", "given", "truth")
+TRAINED_ON = ("lpcam-e", "lpcam", "cam", "given", "truth")
 """Masks that segmenters are trained on, in the order in which one is chosen."""
 
 
@@ -104,6 +104,7 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.truth = self.path / "truth"  #: Masks painted from annotations.
         self.classifier = self.path / "classifier/classifier.safetensors"
+        self.early = self.path / "early/early.safetensors"  #: Prototypes of early layers.
 
     def __truediv__(self, name: str) -> Path:
         """The folder of a result, such as ``pseudo/lpcam``."""
@@ -282,7 +283,7 @@ class RunFolder:
             ArtefactError: if the folder has no such maps; the message lists those it has.
         """
         recipe = self.load_recipe()
-        patterns = ("lpcam", "cam", "lpcam_f", "host-maps/*", "pseudo/*/maps")
+        patterns = ("lpcam_e", "lpcam", "cam", "lpcam_f", "host-maps/*", "pseudo/*/maps")
         chosen = self._chosen(name, "maps", patterns, ".npz")
         dataset = read_dataset(recipe, ("maps",))
         list_name, folder = recipe.data.list_of("maps"), self / chosen

@@ -11,6 +11,7 @@ from lpcam.pipeline.context import Context
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.stages import (
     classify,
+    early,
     evaluate,
     host,
     maps,
@@ -58,6 +59,7 @@ STAGES: tuple[Stage, ...] = (
         validate=prototypes.validate,
     ),
     Stage("lpcam", "Compute LPCAM-F and LPCAM maps.", maps.map_lpcam),
+    Stage("early", "Sharpen the maps by early layers of the backbone.", early.sharpen),
     Stage("seeds", "Write seed masks.", seeds.write_seeds),
     Stage(
         "host-labels",

@@ -12,11 +12,11 @@ from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import read_index_mask
 from lpcam.data.reader import ListName
 from lpcam.evaluation.scoring import score_maps
-from lpcam.method.settings import METHODS
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context, required, skips
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages import host, refine, segment
+from lpcam.pipeline.stages.judge import told
 from lpcam.pipeline.stages.seeds import RESULTS
 from lpcam.runtime.files import digest_file, read_json, write_bytes, write_json
 from lpcam.runtime.versions import versions
@@ -31,6 +31,7 @@ class Scored:
     key: str  #: Cache key of the result that holds them.
     threshold: float | None
     """Fixed threshold of the preset or the recipe; None: no program states one."""
+    source: str  #: Name of the maps, or of those they were refined from.
     hosted: bool = False  #: Whether a host made the maps, or those they were refined from.
 
 
@@ -41,22 +42,25 @@ def _scored(context: Context) -> dict[str, Scored]:
         return {}
     if given is not None:
         fixed = recipe.fixed_threshold("LPCAM")
-        found[refine.GIVEN] = Scored("seed", given.folder, given.key, fixed)
+        found[refine.GIVEN] = Scored("seed", given.folder, given.key, fixed, refine.GIVEN)
     else:
-        for method in METHODS:
-            result, fixed = context.results[RESULTS[method]], recipe.fixed_threshold(method)
-            found[method] = Scored("seed", result.folder, result.key, fixed)
+        for method in context.methods:
+            result, fixed = context.results[RESULTS[method]], context.own_threshold(method)
+            found[method] = Scored("seed", result.folder, result.key, fixed, method)
     arms = host.arms(context)
     for arm in arms:
         result = context.results[f"host-maps/{arm.folder}"]
         section = required(recipe.host)
         stated = section.settings.threshold if section.host.states_threshold else None
-        found[arm.title] = Scored("seed", result.folder, result.key, stated, hosted=True)
+        stated = context.threshold(arm.title, stated)
+        own = (result.folder, result.key, stated, arm.title)
+        found[arm.title] = Scored("seed", *own, hosted=True)
     for name, (source, result) in refine.refined(context).items():
         refine_section = required(recipe.refine)
         fixed = refine_section.refinement.threshold(refine_section, source)
         hosted = source.method in {arm.title for arm in arms}
-        found[name] = Scored("pseudo", result.folder / "maps", result.key, fixed, hosted)
+        folder = result.folder / "maps"
+        found[name] = Scored("pseudo", folder, result.key, fixed, source.method, hosted)
     return found
 
 
@@ -138,6 +142,8 @@ def _write_figures(context: Context, methods: Mapping[str, Scored], items: Seque
             "segmenter_history": histories("segment"),
             "protocol": _protocol(context),
             "command": context.command,
+            "choices": context.choices,
+            "verdicts": context.verdicts,
         },
     )
 
@@ -160,7 +166,7 @@ def _with_protocol(context: Context, method: Scored, row: Record) -> Record:
         "threshold_source": (
             "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
             if by_truth
-            else "fixed by the preset or the recipe"
+            else told(context, method.source)
         ),
     }
     return _row(context, method.stage, "evaluate", row, shared | own)
@@ -243,8 +249,9 @@ def _source_protocol(context: Context) -> Record:
         "prototypes_list": lists.list_of("prototypes"),
         **_selection(context),
         "preset": recipe.lpcam.preset,
+        **({"chosen": context.choices} if context.choices else {}),
         "changed_from_preset": recipe.lpcam.model_dump(mode="json", include=changed),
-        "scales": list(recipe.lpcam.scales),
+        "scales": list(context.lpcam.scales),
         "flip": recipe.lpcam.flip,
         "maximum_side": recipe.maps.maximum_side,
         "features": recipe.maps.features,

@@ -23,6 +23,7 @@ from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context, one_network, required
 from lpcam.pipeline.run_folder import mask_path
 from lpcam.pipeline.stages.classify import validation
+from lpcam.pipeline.stages.judge import judged
 from lpcam.pipeline.stages.maps import write_fused
 from lpcam.pipeline.stages.prototypes import BLANK, check_memory, make, selected_key
 from lpcam.pipeline.stages.refine import image_memory, label_task
@@ -196,7 +197,7 @@ def _cluster_task(context: Context, section: HostSection, arm: Arm) -> Task:
     items, host = context.items("prototypes"), section.host
     parts = {
         **_parts(context, arm),
-        "settings": settings.fitting.model_dump(mode="json"),
+        "settings": settings.fitting,
         "host": host.maps_key(section.settings, arm),
         "features": context.recipe.maps.features,
         "seed": context.recipe.run.seed,
@@ -234,7 +235,8 @@ def write_maps(context: Context) -> Iterator[Task]:
     for arm in arms(context):
         yield _map_task(context, section, arm)
         source, label = context.results[f"host-maps/{arm.folder}"], f"seeds of {arm.title}"
-        threshold = section.settings.threshold
+        yield from judged(context, arm.title, source)
+        threshold = context.threshold(arm.title, section.settings.threshold)
         yield mask_task(context, f"host-seeds/{arm.folder}", label, source, threshold)
 
 

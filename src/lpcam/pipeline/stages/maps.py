@@ -16,6 +16,8 @@ from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context
+from lpcam.pipeline.stages.judge import judged
+from lpcam.pipeline.stages.seeds import RESULTS
 from lpcam.runtime.progress import progress
 
 MapsOf = Callable[[Item, Sequence[FeaturePair], tuple[int, int]], Sequence[FusedMaps]]
@@ -24,7 +26,7 @@ MapsOf = Callable[[Item, Sequence[FeaturePair], tuple[int, int]], Sequence[Fused
 
 def map_cam(context: Context) -> Iterator[Task]:
     """CAM (eq. 1)."""
-    settings, wanted = context.recipe.lpcam, context.items("maps")
+    settings, wanted = context.lpcam, context.items("maps")
     if settings.split_maps == "multi_scale":
         wanted = [*wanted, *context.items("prototypes")]
     items = list({item.id: item for item in wanted}.values())
@@ -35,6 +37,11 @@ def map_cam(context: Context) -> Iterator[Task]:
 
     own = {"cam": {"cam_epsilon": settings.cam_epsilon}}
     yield _map_task(context, "CAM", items, own, lambda: maps_of)
+    yield from judged(context, "CAM", context.results["cam"])
+    if "tau" in settings.automatic:
+        tau = context.own_threshold("CAM")
+        context.lpcam = context.lpcam.fixed(tau=tau)
+        context.chose("lpcam.tau", f"{tau:.2f}", "CAM's own threshold")
 
 
 def map_lpcam(context: Context) -> Iterator[Task]:
@@ -59,6 +66,8 @@ def map_lpcam(context: Context) -> Iterator[Task]:
 
     own = {"lpcam": {**made, "context": True}, "lpcam_f": {**made, "context": False}}
     yield _map_task(context, "LPCAM", context.items("maps"), own, start)
+    for method in ("LPCAM", "LPCAM-F"):
+        yield from judged(context, method, context.results[RESULTS[method]])
 
 
 def _map_task(
@@ -69,7 +78,7 @@ def _map_task(
     start: Callable[[], MapsOf],
 ) -> Task:
     """A task for the maps of several results, each with ``own`` parts, from one feature pyramid."""
-    settings, section = context.recipe.lpcam, context.recipe.maps
+    settings, section = context.lpcam, context.recipe.maps
     parts = {
         "revision": 2,
         "classifier": context.results["classifier"].output["digest"],

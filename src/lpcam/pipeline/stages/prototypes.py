@@ -43,19 +43,19 @@ def _check_memory(context: Context, classifier: Classifier) -> None:
     with torch.inference_mode():
         image = torch.zeros(1, 3, BLANK, BLANK, device=context.device)
         (blank,) = classifier.features(image)
-    check_memory(context, context.recipe.lpcam, blank)
+    check_memory(context, context.lpcam, blank)
 
 
 def cluster(context: Context) -> Iterator[Task]:
     """Collect, cluster, score and select (eqs. 2 to 4)."""
     recipe, items = context.recipe, context.items("prototypes")
-    settings = recipe.lpcam
+    settings = context.lpcam
     multi_scale = settings.split_maps == "multi_scale"
     classifier = context.results["classifier"].output
     parts = {
         "revision": 3,
         "classifier": classifier["digest"],
-        "settings": settings.fitting.model_dump(mode="json"),
+        "settings": settings.fitting,
         "cam_epsilon": settings.cam_epsilon,
         "split_maps": context.results["cam"].key if multi_scale else None,
         "maps": recipe.maps.features_key(),

@@ -91,9 +91,9 @@ def sources(context: Context) -> list[Source]:
         name = folder_name(method)
         if host is not None and method in {arm.title for arm in host.arms}:
             result, fixed = context.results[f"host-maps/{name}"], host.settings.threshold
+            fixed = context.threshold(method, fixed)
         else:
-            result = context.results[RESULTS[method]]
-            fixed = recipe.fixed_threshold("CAM" if method == "CAM" else "LPCAM")
+            result, fixed = context.results[RESULTS[method]], context.own_threshold(method)
         found.append(Source(method, name, result.folder, result.key, fixed))
     return found
 

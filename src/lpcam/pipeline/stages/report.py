@@ -8,7 +8,6 @@ from pathlib import Path
 
 from lpcam.data.dataset import Item
 from lpcam.method.prototypes import Prototypes
-from lpcam.method.settings import METHODS
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context, required
 from lpcam.pipeline.stages import host, refine, segment
@@ -56,12 +55,12 @@ def _page(context: Context) -> str:
     scores = {}
     if scored:
         by_image = read_json(folder.image_scores)
-        scores = {m: dict(zip(by_image["ids"], by_image[m], strict=True)) for m in METHODS}
+        scores = {m: dict(zip(by_image["ids"], by_image[m], strict=True)) for m in context.methods}
         shown["rows"] = [r for r in metrics["rows"] if r["stage"] != segment.SEGMENTATION]
         shown["curves"] = metrics["curves"]
     use: Record = read_json(folder.use) if folder.use.is_file() else {}
     fingerprint = context.results["classifier"].output["fingerprint"]
-    folders = {method: folder / RESULTS[method] for method in METHODS}
+    folders = {method: folder / RESULTS[method] for method in context.methods}
     inputs = Inputs(
         dataset_name(context),
         scored or _without_masks([item for item in context.items("maps") if item.labels]),
@@ -70,12 +69,12 @@ def _page(context: Context) -> str:
             context.classifier,
             Prototypes.load(folder.prototypes(), fingerprint=fingerprint),
             context.store(context.classifier).pairs,
-            recipe.lpcam,
+            context.lpcam,
             folders["CAM"],
         ),
         recipe.report,
         context.sharing,
-        {method: recipe.fixed_threshold(method) for method in METHODS},
+        {method: context.own_threshold(method) for method in context.methods},
         {
             "protocol": {"crf": False, **metrics["protocol"]},
             "skipped": metrics["skipped"],

@@ -14,7 +14,7 @@ from lpcam.pipeline.cache import Result, Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.run_folder import mask_path
 
-RESULTS = {"CAM": "cam", "LPCAM-F": "lpcam_f", "LPCAM": "lpcam"}
+RESULTS = {"CAM": "cam", "LPCAM-F": "lpcam_f", "LPCAM": "lpcam", "LPCAM-E": "lpcam_e"}
 """Name of the result that holds the maps of each method."""
 
 
@@ -22,7 +22,7 @@ def write_seeds(context: Context) -> Iterator[Task]:
     """Threshold the maps of the recipe's method."""
     section = context.recipe.seeds
     source = context.results[RESULTS[section.method]]
-    threshold = context.recipe.fixed_threshold(section.method)
+    threshold = context.own_threshold(section.method)
     yield mask_task(context, "seeds", "seeds", source, threshold, section.ignore_threshold)
 
 
