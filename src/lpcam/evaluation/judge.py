@@ -98,7 +98,8 @@ def feature_information(features: Tensor, best: Tensor) -> Tensor:
     )
     share = inside / len(rows)
     rare = torch.minimum(share, 1 - share) < RARE
-    return torch.where(rare, 0, between / rows.square().sum().clamp_min(1e-12))
+    explained: Tensor = between / rows.square().sum().clamp_min(1e-12)
+    return torch.where(rare, 0, explained)
 
 
 def _cells(best: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,12 @@ def score_maps(
     folders: Mapping[str, Path],
     fixed: Mapping[str, float],
     sharing: Sharing,
+    automatic: Collection[str] = (),
 ) -> Evaluation:
-    """Score maps of each method (``folders``) at its best threshold, and at its ``fixed`` one."""
+    """Score maps of each method (``folders``) at its best threshold, and at its ``fixed`` one.
+
+    The source of the second is ``fixed``, or ``automatic`` for methods of this name.
+    """
     names = dataset.classes.names
     grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
     sweeps = {method: ThresholdSweep(len(names), grid) for method in folders}
@@ -177,7 +181,8 @@ def score_maps(
     for method, sweep in sweeps.items():
         kinds = [(*best_threshold(sweep, names), "ground truth")]
         if (own := fixed.get(method)) is not None:
-            kinds.append((own, scores(sweep.confusion(own), names), "fixed"))
+            source = "automatic" if method in automatic else "fixed"
+            kinds.append((own, scores(sweep.confusion(own), names), source))
         for threshold, found, source in kinds:
             row = row_of(method, len(items), threshold, source, found)
             if dataset.part_names:

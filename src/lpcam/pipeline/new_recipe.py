@@ -50,7 +50,8 @@ classifier:
 
 lpcam:
   # One of {presets}; any value of it can be replaced here, e.g. "clusters: 20".
-  preset: frozen
+  # adaptive chooses thresholds and more by itself, without true masks; a value given here is fixed.
+  preset: adaptive
 
 seeds:
   threshold: null         # map values above it are foreground; null takes the preset's

@@ -58,8 +58,8 @@ class MapsSection(FeatureSettings):
 class SeedsSection(Section):
     """How maps become seed masks."""
 
-    method: Method = "LPCAM"
-    """Method whose maps are cut into seed masks."""
+    method: Method | None = None
+    """Method whose maps are cut into seed masks. Null: LPCAM-E with early layers, else LPCAM."""
     threshold: Fraction | Literal["auto"] | None = None
     """Threshold of the seed masks: map values above it are foreground. Auto: the judge's, for all
     maps of the run. Null: the lpcam preset's."""
@@ -114,12 +114,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
-        if self.seeds.method == "LPCAM-E" and self.lpcam.early is None:
+        if self.seed_method == "LPCAM-E" and self.lpcam.early is None:
             raise ValueError(
                 "seeds.method LPCAM-E needs early layers: lpcam.preset adaptive, or lpcam.early {}"
             )
-        ignore, threshold = self.seeds.ignore_threshold, self.fixed_threshold(self.seeds.method)
-        if ignore is not None and self.chooses_threshold(self.seeds.method):
+        ignore, threshold = self.seeds.ignore_threshold, self.fixed_threshold(self.seed_method)
+        if ignore is not None and self.chooses_threshold(self.seed_method):
             raise ValueError(
                 "seeds.ignore_threshold needs a fixed threshold of the seeds; set seeds.threshold"
             )
@@ -152,6 +152,11 @@ class Recipe(Section):
         return self
 
     @property
+    def seed_method(self) -> Method:
+        """Method whose maps are cut into seed masks."""
+        return self.seeds.method or ("LPCAM" if self.lpcam.early is None else "LPCAM-E")
+
+    @property
     def refined(self) -> tuple[str, ...]:
         """The maps that pseudo masks are made from."""
         if self.refine is None:
@@ -178,7 +183,7 @@ class Recipe(Section):
     def fixed_threshold(self, method: str) -> float:
         """The fixed threshold of a method's seeds: the recipe's for its own, or the preset's."""
         own = self.seeds.threshold
-        if method == self.seeds.method and isinstance(own, float):
+        if method == self.seed_method and isinstance(own, float):
             return own
         return self.lpcam.cam_threshold if method == "CAM" else self.lpcam.threshold
 
@@ -187,7 +192,7 @@ class Recipe(Section):
         own = self.seeds.threshold
         if own == "auto":
             return True
-        if method == self.seeds.method and own is not None:
+        if method == self.seed_method and own is not None:
             return False
         if method == "LPCAM-E":  # no preset states one
             return True

@@ -156,7 +156,7 @@ class RunFolder:
         recipe = self.load_recipe()
         classifier = Classifier.load(self._finished(self.classifier, "classify"))
         path = self._finished(self.prototypes(), "prototypes")
-        foreground_only = recipe.seeds.method == "LPCAM-F"
+        foreground_only = recipe.seed_method == "LPCAM-F"
         thresholds = {
             "threshold": recipe.fixed_threshold("LPCAM-F" if foreground_only else "LPCAM"),
             "cam_threshold": recipe.fixed_threshold("CAM"),

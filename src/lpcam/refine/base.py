@@ -36,7 +36,10 @@ class Source:
     name: str  #: Name of their folders.
     folder: Path
     key: str  #: Cache key of the result that holds them.
-    seed_threshold: float  #: Fixed threshold of their seeds.
+    seed_threshold: float  #: Threshold of their seeds.
+    shift: float = 0.0
+    """What an automatic threshold is above the fixed one that the presets of refinements suppose;
+    theirs move with it."""
 
 
 @dataclass(frozen=True)
@@ -204,6 +207,11 @@ class LearnedRefinement(Refinement):
         self, network: Any, labelled: Labelled, section: RefineSection, **options: Any
     ) -> History:
         """Train the network in place on labels; ``options`` as ``TrainingOptions``."""
+
+
+def shifted(threshold: float, shift: float) -> float:
+    """A threshold that moves with that of the seeds, within [0.01, 0.99]."""
+    return round(min(0.99, max(0.01, threshold + shift)), 6) if shift else threshold
 
 
 def decided(scores: Tensor) -> Tensor:

@@ -186,17 +186,22 @@ class _IrnRefinement(base.LearnedRefinement):
     def threshold(self, section: base.RefineSection, source: base.Source) -> float:
         settings = section.settings
         masks: float = settings.cam_threshold if source.method == "CAM" else settings.threshold
-        return masks
+        if not source.shift:
+            return masks
+        # the maps are walked to the power of the sharpness
+        power = float(settings.sharpness)
+        return base.shifted(masks ** (1 / power), source.shift) ** power
 
     def described(self, section: base.RefineSection, tools: base.Tools) -> dict[str, Any]:
         return section.model_dump(mode="json", include={"method", "irn", "crf"})
 
     def label_key(self, job: base.Job) -> Mapping[str, Any]:
-        thresholds = job.settings.ternary_thresholds(job.source.method)
+        thresholds = job.settings.ternary_thresholds(job.source.method, job.source.shift)
         return ternary_key(job.section.label_crf, thresholds, job.tools.classes)
 
     def labeller(self, job: base.Job) -> Callable[[base.Picture, Path], None]:
-        thresholds, tools = job.settings.ternary_thresholds(job.source.method), job.tools
+        tools, source = job.tools, job.source
+        thresholds = job.settings.ternary_thresholds(source.method, source.shift)
         return ternary_labeller(job.section.label_crf, tools.memory, thresholds, tools.classes)
 
     def released(self) -> Sequence[Released]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lpcam.data.dataset import IGNORE, ClassTable
 from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.refine.base import Picture
+from lpcam.refine.base import Picture, shifted
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.runtime.settings import Fraction, PresetModel
 
@@ -39,11 +39,12 @@ class TernarySettings(PresetModel):
                 raise ValueError(" must not be below ".join(both))
         return self
 
-    def ternary_thresholds(self, method: str) -> tuple[float, float]:
+    def ternary_thresholds(self, method: str, shift: float = 0.0) -> tuple[float, float]:
         """Thresholds (foreground, background) of a method's maps, such as those of ``CAM``."""
+        high, low = self.foreground_threshold, self.background_threshold
         if method == "CAM":
-            return self.cam_foreground_threshold, self.cam_background_threshold
-        return self.foreground_threshold, self.background_threshold
+            high, low = self.cam_foreground_threshold, self.cam_background_threshold
+        return shifted(high, shift), shifted(low, shift)
 
 
 def crf_labels(

@@ -109,7 +109,8 @@ def _write_figures(context: Context, methods: Mapping[str, Scored], items: Seque
     if items:
         folders = {name: one.folder for name, one in methods.items()}
         fixed = {n: one.threshold for n, one in methods.items() if one.threshold is not None}
-        found = score_maps(items, context.dataset, folders, fixed, context.sharing)
+        chosen = {n for n, one in methods.items() if one.source in context.verdicts}
+        found = score_maps(items, context.dataset, folders, fixed, context.sharing, chosen)
         rows = [_with_protocol(context, methods[row["method"]], row) for row in found.rows]
     rows += [_segmenter_row(context, *figure) for figure in segment.figures(context)]
     if not context.processes.first:

@@ -28,6 +28,7 @@ from lpcam.pipeline.stages.maps import write_fused
 from lpcam.pipeline.stages.prototypes import BLANK, check_memory, make, selected_key
 from lpcam.pipeline.stages.refine import image_memory, label_task
 from lpcam.pipeline.stages.seeds import RESULTS, mask_task
+from lpcam.refine.base import shifted
 from lpcam.refine.crf import CrfSettings
 from lpcam.refine.ternary import ternary_key, ternary_labeller
 from lpcam.runtime.errors import ClassifierError, PrototypeError
@@ -84,7 +85,8 @@ def write_masks(context: Context) -> Iterator[Task]:
     for name, base in _networks(context).items():
         thresholds = section.host.mask_thresholds(section.settings, base)
         if thresholds is not None:
-            how = (thresholds, context.dataset.classes)
+            shift = context.own_threshold(base) - context.recipe.fixed_threshold(base)
+            how = ([shifted(one, shift) for one in thresholds], context.dataset.classes)
             yield label_task(
                 context,
                 f"host-labels/{name}",

@@ -90,11 +90,12 @@ def sources(context: Context) -> list[Source]:
     for method in recipe.refined:
         name = folder_name(method)
         if host is not None and method in {arm.title for arm in host.arms}:
-            result, fixed = context.results[f"host-maps/{name}"], host.settings.threshold
-            fixed = context.threshold(method, fixed)
+            result, stated = context.results[f"host-maps/{name}"], host.settings.threshold
         else:
-            result, fixed = context.results[RESULTS[method]], context.own_threshold(method)
-        found.append(Source(method, name, result.folder, result.key, fixed))
+            result, stated = context.results[RESULTS[method]], recipe.fixed_threshold(method)
+        threshold = context.threshold(method, stated)
+        own = (threshold, threshold - stated if method in context.verdicts else 0.0)
+        found.append(Source(method, name, result.folder, result.key, *own))
     return found
 
 

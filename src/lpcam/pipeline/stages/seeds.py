@@ -21,8 +21,8 @@ RESULTS = {"CAM": "cam", "LPCAM-F": "lpcam_f", "LPCAM": "lpcam", "LPCAM-E": "lpc
 def write_seeds(context: Context) -> Iterator[Task]:
     """Threshold the maps of the recipe's method."""
     section = context.recipe.seeds
-    source = context.results[RESULTS[section.method]]
-    threshold = context.own_threshold(section.method)
+    source = context.results[RESULTS[context.recipe.seed_method]]
+    threshold = context.own_threshold(context.recipe.seed_method)
     yield mask_task(context, "seeds", "seeds", source, threshold, section.ignore_threshold)
 
 
