@@ -110,7 +110,8 @@ def _cells(best: Tensor) -> Tensor:
 
 def _entropy(shares: Tensor) -> Tensor:
     """Entropy over the last axis, in nats."""
-    return torch.special.entr(shares).sum(-1)
+    entropy: Tensor = torch.special.entr(shares).sum(-1)
+    return entropy
 
 
 @dataclass(frozen=True)

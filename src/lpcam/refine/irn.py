@@ -6,6 +6,7 @@ Specification, sections 6 to 8. B images of H x W pixels, K classes, h = ceil(H 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -189,8 +190,8 @@ class _IrnRefinement(base.LearnedRefinement):
         if not source.shift:
             return masks
         # the maps are walked to the power of the sharpness
-        power = float(settings.sharpness)
-        return base.shifted(masks ** (1 / power), source.shift) ** power
+        power = settings.sharpness
+        return math.pow(base.shifted(math.pow(masks, 1 / power), source.shift), power)
 
     def described(self, section: base.RefineSection, tools: base.Tools) -> dict[str, Any]:
         return section.model_dump(mode="json", include={"method", "irn", "crf"})
