@@ -99,8 +99,8 @@ def test_changes() -> None:
     assert settings.clusters == 12
     assert settings.mu_b == 0.9
     assert settings.changes() == {"tau": 0.25, "scales": (1.0, 0.5)}
-    assert settings.fitting.tau == 0.25
-    assert "scales" not in settings.fitting.model_dump()
+    assert settings.fitting["tau"] == 0.25
+    assert "scales" not in settings.fitting
     with pytest.raises(ValidationError, match="frozen"):
         settings.tau = 0.5  # type: ignore[misc]
 

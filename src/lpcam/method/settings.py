@@ -123,7 +123,7 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
 
     table: ClassVar[str] = "lpcam"
     preset: str = "voc12.official"
-    early: EarlySettings | None = None
+    early: EarlySettings | None
     """Early layers of the backbone, for the maps LPCAM-E; null: none."""
     _automatic: frozenset[str] = PrivateAttr(default=frozenset())
 
