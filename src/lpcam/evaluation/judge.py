@@ -32,6 +32,7 @@ LEVELS = 6  #: Bins of each colour channel.
 STEP = 3  #: Every so many pixels each way are looked at, fewer in small images.
 RARE = 0.002  #: A mask of less than this share of the pixels, or of all but this, says nothing.
 PLATEAU = 0.95  #: Share of its maximum at which a curve counts as nearly at it.
+DEVIATION = 0.1  #: Of an image's threshold from that of its data set.
 TIE = 0.05  #: Maps whose information differs by less are alike; the simpler are taken.
 DISAGREEMENT = 0.15  #: Difference of the judges' thresholds that is worth a warning.
 
@@ -168,6 +169,17 @@ def verdict(found: Tensor) -> Verdict:
         curve=tuple((both / top).tolist()) if top else (0.0,) * len(THRESHOLDS),
         images=len(found),
     )
+
+
+def around(found: Tensor, threshold: float) -> float:
+    """Threshold of one image near that of its data set, by the colours of :func:`curves` (2, T).
+
+    The image's colour information is weighted by a Gaussian around ``threshold``.
+    """
+    grid = torch.tensor(THRESHOLDS, dtype=torch.float64)
+    near = torch.exp(-((grid - threshold) ** 2) / (2 * DEVIATION**2))
+    curve = found[0] * near
+    return _last_of_plateau(curve) if bool(curve.max() > 0) else threshold
 
 
 def _last_of_plateau(curve: Tensor) -> float:

@@ -209,7 +209,7 @@ def make_prototypes(
             found.sizes[index, : len(z)] = torch.cat([one.sizes for one in results]).cpu()
             scores, lower = found.scores[index], settings.context_lower
             if side == "context":
-                mu_b = _relative(settings, "mu_b", z)
+                mu_b = _relative(settings, "mu_b", foreground.scores[index])
                 found.keep[index] = select_context(scores, mu_b, lower)
                 if not bool(found.keep[index].any()):
                     events.append(
@@ -217,7 +217,7 @@ def make_prototypes(
                         f"mu_b={mu_b:g}; its map is the foreground term alone"
                     )
                 continue
-            mu_f = _relative(settings, "mu_f", z)
+            mu_f = _relative(settings, "mu_f", scores)
             found.keep[index] = select_foreground(scores, mu_f)
             if not bool((scores > mu_f).any()):
                 events.append(
@@ -244,9 +244,9 @@ def make_prototypes(
 
 
 def _relative(settings: LpcamSettings, name: str, scores: Tensor) -> float:
-    """A threshold of scores; an automatic one is relative to the best score of the class."""
+    """A threshold of scores; an automatic one is relative to the best foreground score (K,)."""
     value: float = getattr(settings, name)
-    return value * float(scores.max()) if name in settings.automatic else value
+    return value * float(scores.nan_to_num().max()) if name in settings.automatic else value
 
 
 def _clusters(settings: LpcamSettings, rows: int) -> int:

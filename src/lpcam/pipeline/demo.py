@@ -24,14 +24,15 @@ def demo(
     """Draw ``images`` creatures into ``folder/data``, unless they are there; run the recipe."""
     data = folder / "data"
     with locked(folder):
-        _draw(data, {"images": images, "size": size, "seed": SEED, "revision": 1})
+        draw(data, {"images": images, "size": size, "seed": SEED, "revision": 1})
     changes: dict[str, Any] = {"data.root": str(data), "run.folder": str(folder)}
     if threads is not None:
         changes["run.threads"] = threads
     return run(load_recipe("demo", changes), command=command)
 
 
-def _draw(data: Path, drawing: dict[str, int]) -> None:
+def draw(data: Path, drawing: dict[str, int]) -> None:
+    """Draw ``images`` of a ``size`` with a ``seed`` into a folder, unless they are there."""
     marker = data / "drawing.json"
     if marker.is_file():
         if read_json(marker) == drawing:
