@@ -9,6 +9,7 @@ several seeds. Masks serve for scoring alone. Runs are kept in KEEP and go on fr
 
 from __future__ import annotations
 
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,13 +30,13 @@ from lpcam.pipeline import demo
 from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.recipe import load_recipe
 from lpcam.pipeline.run import run
-from lpcam.pipeline.run_folder import RunFolder
-from lpcam.pipeline.stages.seeds import RESULTS
+from lpcam.pipeline.run_folder import RESULTS, RunFolder
 from lpcam.runtime.files import read_json
 from lpcam.runtime.parallel import ordered_map
 
 TUNED, ADAPTIVE = "tuned", "adaptive"
 DEMO = "drawings"
+SAME_CLASSIFIER = {"held out": "photographs"}
 PRESETS = {DEMO: "small"}  #: Tuned presets; that of photographs is `frozen`.
 Rows = dict[str, dict[str, Any]]
 """By method: ``best`` and ``chosen`` mIoU in [0, 1], and what the judge said."""
@@ -92,11 +93,14 @@ def per_image(folder: Path, method: str, threshold: float) -> float:
 def measure(
     name: str, recipe: str | Path, changes: Mapping[str, Any], runs: Path, count: int
 ) -> Figures:
-    """Run a data set with its tuned preset once, and with ``adaptive`` for each seed."""
+    """Run a data set with ``adaptive`` for each seed, and with its tuned preset once."""
     figures = Figures(name)
-    kinds = [(TUNED, 0), *((ADAPTIVE, seed) for seed in range(count))]
+    kinds = [*((ADAPTIVE, seed) for seed in range(count)), (TUNED, 0)]
     for kind, seed in kinds:
         folder = runs / f"{name}-{kind}-{seed}"
+        trained = runs / f"{SAME_CLASSIFIER.get(name, name)}-{ADAPTIVE}-{seed}" / "classifier"
+        if trained.is_dir() and not folder.exists():  # it would be trained to the same bytes
+            shutil.copytree(trained, folder / "classifier")
         preset = PRESETS.get(name, "frozen") if kind == TUNED else "adaptive"
         own = {"lpcam.preset": preset, "run.seed": seed, "run.folder": str(folder)}
         if kind == TUNED:

@@ -138,6 +138,7 @@ class Verdict:
 
 
 RULE = "automatic (colour information x variance of features explained; last within 5 %)"
+AGREEMENT = "automatic (best agreement with the masks of LPCAM-E)"
 
 
 def curves(colours: Tensor, maps: Tensor, features: Tensor | None) -> Tensor:

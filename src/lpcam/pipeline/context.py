@@ -344,11 +344,13 @@ class Context:
         return settings.fixed(scales=scales)
 
     def chose(self, key: str, value: str, reason: str) -> None:
-        """Note and tell what the run chose itself, and why."""
-        if key not in (one["key"] for one in self.choices):
-            self.choices.append({"key": key, "value": value, "reason": reason})
-            if self.processes.first:
-                logger.info("chosen: %s = %s (%s)", key, value, reason)
+        """Note and tell what the run chose itself, and why; a later choice replaces an earlier."""
+        choice = {"key": key, "value": value, "reason": reason}
+        if choice in self.choices:
+            return
+        self.choices = [*(one for one in self.choices if one["key"] != key), choice]
+        if self.processes.first:
+            logger.info("chosen: %s = %s (%s)", key, value, reason)
 
     @property
     def methods(self) -> tuple[Method, ...]:
@@ -360,6 +362,17 @@ class Context:
         if method in self.verdicts:
             return float(self.verdicts[method]["threshold"])
         return stated
+
+    def judge(self, method: str, verdict: Record) -> None:
+        """Take and tell a verdict on the maps of a method."""
+        self.verdicts[method] = verdict
+        if "agreement" in verdict:
+            reason = f"agrees best with LPCAM-E, mIoU {100 * verdict['agreement']:.1f}"
+        else:
+            reason = f"colours say {verdict['by_colours']:.2f}"
+            if verdict["by_features"] is not None:
+                reason += f", features {verdict['by_features']:.2f}"
+        self.chose(f"threshold of {method}", f"{verdict['threshold']:.2f}", reason)
 
     def own_threshold(self, method: str) -> float:
         """Threshold of the maps of the run's own classifier."""

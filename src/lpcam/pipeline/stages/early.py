@@ -23,9 +23,9 @@ from lpcam.method.functional import FusedMaps
 from lpcam.method.settings import EarlySettings
 from lpcam.pipeline.cache import Output, Result, Task
 from lpcam.pipeline.context import FEATURES_SHARE, Context
-from lpcam.pipeline.stages.judge import coloured, sampled
+from lpcam.pipeline.run_folder import RESULTS
+from lpcam.pipeline.stages.judge import coloured, judge_all, sampled
 from lpcam.pipeline.stages.maps import write_fused
-from lpcam.pipeline.stages.seeds import RESULTS
 from lpcam.runtime.files import digest_file
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
@@ -78,6 +78,7 @@ def sharpen(context: Context) -> Iterator[Task]:
         ),
     )
     yield _map_task(context)
+    yield from judge_all(context)
 
 
 def _fit(

@@ -14,12 +14,12 @@ from lpcam.data.reader import ListName
 from lpcam.evaluation.scoring import score_maps
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context, required, skips
-from lpcam.pipeline.run_folder import mask_path
+from lpcam.pipeline.run_folder import RESULTS, mask_path
 from lpcam.pipeline.stages import host, refine, segment
-from lpcam.pipeline.stages.judge import told
-from lpcam.pipeline.stages.seeds import RESULTS
 from lpcam.runtime.files import digest_file, read_json, write_bytes, write_json
 from lpcam.runtime.versions import versions
+
+FIXED = "fixed by the preset or the recipe"
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _with_protocol(context: Context, method: Scored, row: Record) -> Record:
         "threshold_source": (
             "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
             if by_truth
-            else told(context, method.source)
+            else context.verdicts.get(method.source, {}).get("rule", FIXED)
         ),
     }
     return _row(context, method.stage, "evaluate", row, shared | own)

@@ -21,13 +21,13 @@ from lpcam.hosts.base import Arm, Base, HostData, HostSection, View
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context, one_network, required
-from lpcam.pipeline.run_folder import mask_path
+from lpcam.pipeline.run_folder import RESULTS, mask_path
 from lpcam.pipeline.stages.classify import validation
 from lpcam.pipeline.stages.judge import judged
 from lpcam.pipeline.stages.maps import write_fused
 from lpcam.pipeline.stages.prototypes import BLANK, check_memory, make, selected_key
 from lpcam.pipeline.stages.refine import image_memory, label_task
-from lpcam.pipeline.stages.seeds import RESULTS, mask_task
+from lpcam.pipeline.stages.seeds import mask_task
 from lpcam.refine.base import shifted
 from lpcam.refine.crf import CrfSettings
 from lpcam.refine.ternary import ternary_key, ternary_labeller

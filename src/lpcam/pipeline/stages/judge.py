@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -10,18 +10,25 @@ from torch import Tensor
 
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path, read_maps
-from lpcam.evaluation.judge import RULE, colour_bins, curves, step_of, verdict
+from lpcam.evaluation.judge import AGREEMENT, THRESHOLDS, colour_bins, curves, step_of, verdict
+from lpcam.evaluation.segmentation import DEFAULT_THRESHOLDS, ThresholdSweep, best_threshold
+from lpcam.method.seeds import seeds
+from lpcam.method.settings import METHODS
 from lpcam.pipeline.cache import Output, Result, Task
 from lpcam.pipeline.context import Context
+from lpcam.pipeline.run_folder import RESULTS
 
 IMAGES = 200  #: Images that are judged.
 
 
 def judged(context: Context, method: str, result: Result) -> Iterator[Task]:
-    """A task that judges the maps of a method, where the recipe leaves their threshold to it."""
-    if method in context.verdicts or not context.recipe.chooses_threshold(method):
+    """A task that judges the maps of a method, where the recipe leaves their threshold to it.
+
+    Once there is LPCAM-E, its masks take the place of the truth: the judge prefers them.
+    """
+    if not context.recipe.chooses_threshold(method):
         return
-    items = sampled(context, IMAGES)
+    items, preferred = sampled(context, IMAGES), context.results.get(RESULTS["LPCAM-E"])
     layers = list(context.early_layers)
     parts = {
         "revision": 1,
@@ -30,34 +37,79 @@ def judged(context: Context, method: str, result: Result) -> Iterator[Task]:
         "features": context.recipe.maps.features_key() if layers else None,
         "images": context.digest(items),
     }
+    name = f"judge/{result.name}"
+    if preferred is not None:
+        name, threshold = f"agreement/{result.name}", context.own_threshold("LPCAM-E")
+        parts = {k: parts[k] for k in ("revision", "maps", "images")}
+        parts |= {"preferred": preferred.key, "threshold": threshold}
 
     def work(_: Result) -> Output:
+        if preferred is not None:
+            return _agreement(context, items, preferred, threshold, result)
         store = context.store(context.classifier) if layers else None
 
         @torch.inference_mode()
         def judge(place: int) -> tuple[int, Tensor]:
             step, colours = coloured(items[place])
-            maps = read_maps(map_path(result.folder, items[place].id)).high_res[:, ::step, ::step]
+            maps, _ = _maps(result, items[place], step)
             early = None if store is None else store.early([items[place]])[0].features[0]
-            return place, curves(colours, torch.from_numpy(np.ascontiguousarray(maps)), early)
+            return place, curves(colours, maps, early)
 
         mine = {item.id for item in context.sharing.mine(items)}
-        found = torch.zeros(
-            len(items), *curves(torch.zeros(1, 1).long(), torch.zeros(0), None).shape
-        )
         places = [place for place, item in enumerate(items) if item.id in mine]
+        found = torch.zeros(len(items), 2, len(THRESHOLDS), dtype=torch.float64)
         for place, one in context.sharing.map(judge, places):
             found[place] = one
-        return verdict(context.processes.sum(found.double())).as_json()
+        return verdict(context.processes.sum(found)).as_json()
 
-    task = context.task(f"judge/{result.name}", parts, [], work)
+    task = context.task(name, parts, [], work)
     yield task
-    found = task.results[0].output
-    context.verdicts[method] = found
-    reason = f"colours say {found['by_colours']:.2f}"
-    if found["by_features"] is not None:
-        reason += f", features {found['by_features']:.2f}"
-    context.chose(f"threshold of {method}", f"{found['threshold']:.2f}", reason)
+    context.judge(method, task.results[0].output)
+
+
+def judge_all(context: Context) -> Iterator[Task]:
+    """Tasks that judge the maps of the run's own classifier but for LPCAM-E."""
+    for method in METHODS[:-1]:
+        if context.lpcam.early is not None or method not in context.verdicts:
+            yield from judged(context, method, context.results[RESULTS[method]])
+
+
+def _agreement(
+    context: Context, items: Sequence[Item], preferred: Result, threshold: float, result: Result
+) -> Output:
+    """The threshold at which masks of maps agree best with those of the preferred maps (mIoU)."""
+    names = context.dataset.classes.names
+    grid = sorted({*DEFAULT_THRESHOLDS, *THRESHOLDS})
+
+    def count(item: Item) -> Tensor:
+        step = step_of(context.sharing.sizes[item.id])
+        (best, keys), (maps, own) = (_maps(one, item, step) for one in (preferred, result))
+        mask = torch.cat([torch.zeros(1, dtype=torch.int64), keys + 1])[seeds(best, threshold)]
+        sweep = ThresholdSweep(len(names), grid)
+        sweep.update(mask, maps, own)
+        return sweep.histogram
+
+    whole = ThresholdSweep(len(names), grid)
+    for one in context.sharing.map(count, context.sharing.mine(items)):
+        whole.histogram += one
+    whole.histogram = context.processes.sum(whole.histogram)
+    chosen, found = best_threshold(whole, names)
+    curve = whole.curves(names)["miou"]
+    return {
+        "threshold": chosen,
+        "agreement": found.miou,
+        "curve": [curve[grid.index(one)] / found.miou for one in THRESHOLDS],
+        "rule": AGREEMENT,
+        "disagree": False,
+        "images": len(items),
+    }
+
+
+def _maps(result: Result, item: Item, step: int) -> tuple[Tensor, Tensor]:
+    """The maps (K, h, w) of an image at every so many pixels, and the indices (K,) of classes."""
+    found = read_maps(map_path(result.folder, item.id))
+    maps = np.ascontiguousarray(found.high_res[:, ::step, ::step])
+    return torch.from_numpy(maps), torch.from_numpy(found.keys)
 
 
 def sampled(context: Context, count: int) -> list[Item]:
@@ -82,8 +134,3 @@ def coloured(item: Item) -> tuple[int, Tensor]:
     image = item.read()
     step = step_of((image.shape[0], image.shape[1]))
     return step, colour_bins(image[::step, ::step])
-
-
-def told(context: Context, method: str) -> str:
-    """How a threshold was chosen, for protocols."""
-    return RULE if method in context.verdicts else "fixed by the preset or the recipe"

@@ -16,8 +16,7 @@ from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context
-from lpcam.pipeline.stages.judge import judged
-from lpcam.pipeline.stages.seeds import RESULTS
+from lpcam.pipeline.stages.judge import judge_all, judged
 from lpcam.runtime.progress import progress
 
 MapsOf = Callable[[Item, Sequence[FeaturePair], tuple[int, int]], Sequence[FusedMaps]]
@@ -66,8 +65,8 @@ def map_lpcam(context: Context) -> Iterator[Task]:
 
     own = {"lpcam": {**made, "context": True}, "lpcam_f": {**made, "context": False}}
     yield _map_task(context, "LPCAM", context.items("maps"), own, start)
-    for method in ("LPCAM", "LPCAM-F"):
-        yield from judged(context, method, context.results[RESULTS[method]])
+    if context.lpcam.early is None:  # else LPCAM-E says more
+        yield from judge_all(context)
 
 
 def _map_task(

@@ -21,9 +21,8 @@ from lpcam.hosts.base import folder_name
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context, FileOf, Given, one_network, required
-from lpcam.pipeline.run_folder import mask_path, refined_map_path
+from lpcam.pipeline.run_folder import RESULTS, mask_path, refined_map_path
 from lpcam.pipeline.stages.classify import build_classifier
-from lpcam.pipeline.stages.seeds import RESULTS
 from lpcam.refine.base import (
     Job,
     Labelled,

@@ -10,9 +10,9 @@ from lpcam.data.dataset import Item
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context, required
+from lpcam.pipeline.run_folder import RESULTS
 from lpcam.pipeline.stages import host, refine, segment
 from lpcam.pipeline.stages.evaluate import dataset_name
-from lpcam.pipeline.stages.seeds import RESULTS
 from lpcam.report.collect import Inputs, collect
 from lpcam.report.images import Sources
 from lpcam.report.page import render

@@ -12,10 +12,7 @@ from lpcam.data.masks import write_mask
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.cache import Result, Task
 from lpcam.pipeline.context import Context
-from lpcam.pipeline.run_folder import mask_path
-
-RESULTS = {"CAM": "cam", "LPCAM-F": "lpcam_f", "LPCAM": "lpcam", "LPCAM-E": "lpcam_e"}
-"""Name of the result that holds the maps of each method."""
+from lpcam.pipeline.run_folder import RESULTS, mask_path
 
 
 def write_seeds(context: Context) -> Iterator[Task]:
