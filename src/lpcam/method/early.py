@@ -319,8 +319,8 @@ def _cluster(
 
 
 def candidates(rounds: Mapping[Base, Sequence[EarlyPrototypes]]) -> list[EarlyPrototypes]:
-    """Every way of making maps from rounds, the simplest first: bases, then fused, then alone."""
-    found = [replace(own[0], fusion="none") for own in rounds.values()]
+    """The ways of making maps from the last rounds, the simplest first: bases, fused, alone."""
+    found = [replace(own[-1], fusion="none") for own in rounds.values()]
     for own in rounds.values():
-        found += [replace(one, fusion=how) for one in own for how in ("fused", "alone")]
+        found += [replace(own[-1], fusion=how) for how in ("fused", "alone")]
     return found

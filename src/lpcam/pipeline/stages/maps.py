@@ -19,6 +19,8 @@ from lpcam.pipeline.context import Context
 from lpcam.pipeline.stages.judge import judge_all, judged
 from lpcam.runtime.progress import progress
 
+LARGEST_TAU = 0.25
+"""Largest automatic tau: above it LPCAM loses (docs/adaptive.md)."""
 MapsOf = Callable[[Item, Sequence[FeaturePair], tuple[int, int]], Sequence[FusedMaps]]
 """Maps of an image for each result, from its features and the size at which it is mapped."""
 
@@ -38,9 +40,10 @@ def map_cam(context: Context) -> Iterator[Task]:
     yield _map_task(context, "CAM", items, own, lambda: maps_of)
     yield from judged(context, "CAM", context.results["cam"])
     if "tau" in settings.automatic:
-        tau = context.own_threshold("CAM")
+        tau = min(context.own_threshold("CAM"), LARGEST_TAU)
         context.lpcam = context.lpcam.fixed(tau=tau)
-        context.chose("lpcam.tau", f"{tau:.2f}", "CAM's own threshold")
+        reason = f"the judge's threshold of CAM, at most {LARGEST_TAU:g}"
+        context.chose("lpcam.tau", f"{tau:.2f}", reason)
 
 
 def map_lpcam(context: Context) -> Iterator[Task]:
