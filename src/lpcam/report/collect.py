@@ -53,8 +53,7 @@ class Inputs:
     sharing: Sharing
     fixed: Mapping[Method, float]  #: Threshold of each method.
     about: Mapping[str, Any]
-    """Protocol, skipped, warnings, notices, events, history, networks, stages, command, choices,
-    verdicts and ways of using early layers."""
+    """What else the page reads of metrics.json; warnings, notices, networks, stages and ways."""
     rows: Sequence[Mapping[str, Any]] = ()  #: Rows of metrics.json; empty without true masks.
     curves: Mapping[Method, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     trained: SegmenterResults | None = None  #: The segmenters of the run, if any.
