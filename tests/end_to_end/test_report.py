@@ -137,3 +137,22 @@ def test_a_run_without_masks(finished: Values, tmp_path: Path, collected: list[A
     assert (page["curves"], page["highlights"]) == ({}, {})
     assert all(r["iou"] == {} and r["masks"] == {} for r in page["images"])
     assert page["images"][0]["planes"]["LPCAM"]["shape"][0] == len(page["images"][0]["labels"])
+
+
+def test_a_run_that_chooses(finished: Values, tmp_path: Path, collected: list[Any]) -> None:
+    """What a run chose itself is on its page, and so are its maps LPCAM-E."""
+    values = {**finished, "run": {**finished["run"], "folder": str(tmp_path / "run")}}
+    values["lpcam"] = {"preset": "adaptive", "max_features": 60, "early": {"clusters": 4}}
+    result = go(values)
+    (page,) = collected
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    stage = json.loads((tmp_path / "run" / "early" / "stage.json").read_text())
+    assert page["choices"] == metrics["choices"] and page["verdicts"] == metrics["verdicts"]
+    keys = [one["key"] for one in page["choices"]]
+    assert {"lpcam.early", "threshold of CAM", "threshold of LPCAM-E"} <= set(keys)
+    assert page["ways"] == stage["output"]["ways"]
+    assert page["methods"][-1] == "LPCAM-E"
+    assert all(list(one["planes"]) == ["CAM", "LPCAM", "LPCAM-E"] for one in page["images"])
+    used = next(one for one in page["ways"] if one["chosen"])["fusion"] != "none"
+    assert bool(page["prototypes"]["early"]) == used
+    assert "What the run chose" in result.report.read_text()

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from lpcam.data.masks import voc_palette
+from lpcam.evaluation.judge import THRESHOLDS as JUDGED
 from lpcam.evaluation.segmentation import ThresholdSweep
 from lpcam.explain.web import encode_array as array
 from lpcam.explain.web import encode_picture as picture
@@ -206,12 +207,14 @@ def sample(
     meaning: bool = True,
     refined: bool = False,
     segmented: bool = False,
+    adaptive: bool = False,
 ) -> dict[str, Any]:
     """Report data; equal arguments give equal data.
 
     ``hostile``: names, reasons and commands are those of `HOSTILE`; ``masks``: else there is
     nothing that needs truth; ``meaning``: there are prototypes, look-alikes, skipped images and
-    times; ``refined``: there are scores of pseudo masks; ``segmented``: there are segmenters.
+    times; ``refined``: there are scores of pseudo masks; ``segmented``: there are segmenters;
+    ``adaptive``: the run chose thresholds and early layers itself.
     """
     generator = np.random.default_rng(0)
     names = [f"class {index}" for index in range(classes)]
@@ -267,7 +270,7 @@ def sample(
         ],
     }
     refinement = {"method": "irn", "irn": {"beta": 10}, "crf": {"steps": 10}}
-    return {
+    data = {
         "format": 1,
         **({"segmenters": _segmenters(names, ids, masks, generator)} if segmented else {}),
         "title": HOSTILE[0] if hostile else "creatures",
@@ -302,9 +305,51 @@ def sample(
         "prototypes": {
             "rule": {"k": 36, "restarts": 4}
             | {"tau": 0.1, "mu_f": 0.9, "mu_b": 0.9, "mu_b_lower": 0.05},
+            "early": [],
             "classes": prototypes,
         },
         "confusions": [confusion] if meaning and shown else [],
         **(told if meaning else {name: [] for name in told}),
         "command": f"lpcam run {text}",
+        **(_chosen(text) if adaptive else {"choices": [], "verdicts": {}, "ways": []}),
     }
+    return _with_early_layers(data) if adaptive else data
+
+
+def _chosen(text: str) -> dict[str, Any]:
+    """What a run chose; the judge's curves are highest at 0.5, and it takes 0.56."""
+    curve = [1 - abs(t - 0.5) for t in JUDGED]
+    verdict = {"threshold": 0.56, "curve": curve, "disagree": False}
+    ways = [("LPCAM", "none", None), ("LPCAM", "fused", 1), ("CAM", "alone", 2)]
+    return {
+        "choices": [{"key": "lpcam.tau", "value": "0.50", "reason": text}],
+        "verdicts": dict.fromkeys((*METHODS, "LPCAM-E"), verdict),
+        "ways": [
+            {"base": base, "fusion": how, "round": turn, "chosen": turn == 2}
+            | {"information": 0.04 * place, "threshold": 0.44}
+            for place, (base, how, turn) in enumerate(ways, 1)
+        ],
+    }
+
+
+def _with_early_layers(data: dict[str, Any]) -> dict[str, Any]:
+    """The data with maps LPCAM-E, which are those of LPCAM, and cards of an early layer."""
+    methods = [*data["methods"], "LPCAM-E"]
+    images, known = [], ("planes", "iou", "score")
+    for one in data["images"]:
+        more = {k: {**one[k], "LPCAM-E": one[k]["LPCAM"]} for k in known if "LPCAM" in one[k]}
+        images.append({**one, **more})
+    rows = data["rows"] + [
+        {**row, "method": "LPCAM-E"} for row in data["rows"] if row["method"] == "LPCAM"
+    ]
+    renamed = {"fixed": "automatic", "ground truth": "ground truth"}
+    rows = [{**row, "threshold_source": renamed[row["threshold_source"]]} for row in rows]
+    curves = data["curves"] and {**data["curves"], "LPCAM-E": data["curves"]["LPCAM"]}
+    for one in data["prototypes"]["classes"]:
+        for side in ("foreground", "context"):
+            (first, *_) = one["sides"][side]["prototypes"]
+            card = {**first, "number": "7 of blocks.2", "score": None, "rule": "nearest to 26%"}
+            one["sides"][f"early {side}"] = {"total": 72, "kept": None, "prototypes": [card]}
+    prototypes = {**data["prototypes"], "early": ["blocks.2"]}
+    own = {"methods": methods, "fixed": dict.fromkeys(methods, 0.56), "rows": rows}
+    return {**data, **own, "curves": curves, "images": images, "prototypes": prototypes}

@@ -237,10 +237,26 @@ def test_prototypes_of_one_class_at_a_time(open_page: Open, data: dict[str, Any]
     assert "98.0 %" in page.text_content("#confusion-list")
 
 
+def test_early_layers_have_maps_and_cards(open_page: Open) -> None:
+    page = open_page(sample(adaptive=True), wait="prototype")
+    settle(page)
+    assert shown_iou(page, "LPCAM-E")[0] == shown_iou(page, "LPCAM")[0]
+    assert page.text_content("#threshold-value") == "CAM 0.56, LPCAM 0.56, LPCAM-E 0.56"
+    cards = page.locator("#sides button")
+    assert cards.count() == 12
+    early = cards.nth(10)
+    assert early.text_content() == "No. 7 of blocks.2nearest to 26%"
+    assert early.locator("svg").count() == 0 and early.locator("img").count() == 3
+    early.click()
+    page.wait_for_selector('canvas[aria-label*="early foreground prototype no. 7 of blocks.2"]')
+    titles = page.locator("#sides h3").all_text_contents()
+    assert titles[2] == "Early layers: foreground72, 1 shown"
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_axe_finds_nothing(open_page: Open, scheme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="no axe-core")
-    data = sample(classes=7, hostile=True, segmented=True)
+    data = sample(classes=7, hostile=True, segmented=True, adaptive=True)
     page = open_page(data, color_scheme=scheme, reduced_motion="reduce")
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     settle(page)
@@ -250,7 +266,7 @@ def test_axe_finds_nothing(open_page: Open, scheme: str) -> None:
 
 @pytest.mark.parametrize("width", [360, 768])
 def test_a_narrow_page_does_not_scroll_sideways(open_page: Open, width: int) -> None:
-    data = sample(classes=7, hostile=True, segmented=True)
+    data = sample(classes=7, hostile=True, segmented=True, adaptive=True)
     page = open_page(data, viewport={"width": width, "height": 740})
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     choose_image(page, data["images"][6]["id"])

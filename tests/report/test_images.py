@@ -42,6 +42,12 @@ def test_highlights_by_hand() -> None:
     }
 
 
+def test_highlights_compare_the_last_method() -> None:
+    scores = {"CAM": {"a": 0.5, "b": 0.5}, "LPCAM": {"a": 0.9, "b": 0.1}}
+    found = highlights({**scores, "LPCAM-E": {"a": 0.2, "b": 0.6}})
+    assert (found["most improved"], found["most worsened"]) == (["b"], ["a"])
+
+
 def test_a_choice_has_what_is_wanted_and_an_even_rest() -> None:
     items = [item(f"{number:02d}") for number in range(20)]
     assert choose(items, 30, ["05"]) == items
@@ -115,6 +121,17 @@ def test_records(run: Run) -> None:
                     hit = counts[k + 1, k + 1]
                     union = counts[k + 1].sum() + counts[:, k + 1].sum() - hit
                     assert found[row, step] == round(10_000 * float(hit / union))
+
+
+def test_every_method_but_lpcam_f_is_drawn(run: Run) -> None:
+    dataset, items, folders = run
+    every = {**folders, "LPCAM-F": folders["CAM"], "LPCAM-E": folders["LPCAM"]}
+    (record,) = image_records(
+        items[:1], Sources(dataset, every, {key: {} for key in every}), Sharing()
+    )
+    for part in ("planes", "iou", "score"):
+        assert list(record[part]) == ["CAM", "LPCAM", "LPCAM-E"]
+    assert record["planes"]["LPCAM-E"] == record["planes"]["LPCAM"]
 
 
 def test_an_absent_class_has_no_iou(run: Run) -> None:

@@ -108,6 +108,41 @@ def test_curves_have_words_and_a_table(page: Page) -> None:
     assert "0.25 45.0 42.5 70.0" in text
 
 
+def test_what_the_run_chose(page: Page) -> None:
+    adaptive = Page(render(sample(adaptive=True)))
+    text = words(adaptive.text)
+    assert [one["id"] for one in adaptive.all("section")] == ["result", "chosen", *SECTIONS[1:]]
+    assert {one["href"] for one in adaptive.all("a")} >= {"#chosen"}
+    assert "Setting Value Reason lpcam.tau 0.50 plain words" in text
+    # information 0.04, 0.08 and 0.12; the last is chosen
+    assert "LPCAM 4.0 % 0.44 LPCAM × early layers, round 1 8.0 % 0.44" in text
+    assert "early layers from CAM, round 2 (chosen) 12.0 % 0.44" in text
+    bars = [one["width"] for one in adaptive.all("rect") if one.get("class") == "iou m5"]
+    assert bars[-2:] == ["33.33", "66.67"]
+    assert "Each method at its automatic threshold" in text and "at its fixed" not in text
+    assert "Automatic thresholds" in text and "Fixed thresholds" not in text
+    assert "has 44.2 percent at its automatic threshold of 0.56" in text
+    assert "What the run chose" not in words(page.text) and "Judge" not in words(page.text)
+
+
+def test_some_thresholds_fixed_and_some_automatic() -> None:
+    data = sample(adaptive=True)
+    data["verdicts"] = {"CAM": data["verdicts"]["CAM"]}
+    text = words(Page(render(data)).text)
+    assert "Automatic or fixed thresholds" in text
+    assert "at its automatic threshold of 0.56; LPCAM-F is highest" in text
+    assert "at its fixed threshold of 0.56; LPCAM is highest" in text
+
+
+def test_the_judge_needs_no_truth() -> None:
+    page = Page(render(sample(masks=False, adaptive=True)))
+    text = words(page.text)
+    assert "LPCAM-E is highest at 0.50; its automatic threshold is 0.56" in text
+    assert "The curves as a table" not in text and "best mIoU" not in text
+    lines = [one for one in page.all("polyline") if "line" in str(one["class"])]
+    assert len(lines) == 4
+
+
 def test_nothing_is_loaded(page: Page) -> None:
     policy = next(
         str(one["content"]) for one in page.all("meta") if one.get("http-equiv") is not None
@@ -129,7 +164,7 @@ def test_nothing_is_loaded(page: Page) -> None:
 
 
 def test_hostile_names_are_text() -> None:
-    page = Page(render(sample(classes=7, hostile=True, segmented=True)))
+    page = Page(render(sample(classes=7, hostile=True, segmented=True, adaptive=True)))
     assert len(page.all("script")) == 2
     alts = " ".join(str(one["alt"]) for one in page.all("img"))
     for name in HOSTILE:

@@ -14,10 +14,11 @@ from PIL import Image
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import MapFile, map_path, write_maps
+from lpcam.method.early import EarlyPrototypes
 from lpcam.method.prototypes import Centers, Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.report import prototypes as made
-from lpcam.report.prototypes import Fitted, Place, crop, prototype_records
+from lpcam.report.prototypes import Early, Fitted, Place, crop, prototype_records
 
 SETTINGS = LpcamSettings.from_preset("frozen", scales=(1.0,), flip=False, split_maps="single_scale")
 SHOWN = {"count": 4, "patches": 3}
@@ -179,6 +180,68 @@ def test_a_class_without_prototypes(items: list[Item]) -> None:
     cow, _ = prototype_records(fitted(prototypes=none), items, **SHOWN)
     assert cow["example"] is None
     assert cow["sides"]["foreground"] == {"total": 0, "kept": 0, "prototypes": []}
+
+
+def early(folder: Path, items: Sequence[Item], threshold: float = 0.5) -> Early:
+    """One early layer; the maps LPCAM-E of all classes are 1 in the left half, 0 in the right."""
+    for item in items:
+        high = np.zeros((len(item.labels), 40, 40), np.float32)
+        high[:, :, :20] = 1
+        keys = np.array(item.labels, np.int64)
+        maps = MapFile(keys, high[:, ::4, ::4], high)
+        write_maps(map_path(folder, item.id), maps, dtype="uint8")
+    right, down = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    none = torch.zeros(2)
+    found = EarlyPrototypes(
+        classes=("cow", "dog"),
+        layers=("layer",),
+        means=(torch.tensor([1.0, 0.0]),),  # FEATURES of the left less this: (8, 0) and (1, 1)
+        foreground=(torch.stack([torch.stack([down, right, none])] * 2),),
+        context=(torch.stack([torch.stack([-right, none, none])] * 2),),
+        nearest=1,
+    )
+
+    def features(items: Sequence[Item]) -> list[FeaturePair]:
+        return list(pairs(items, (1.0,)))
+
+    return Early(found, features, folder, threshold)
+
+
+def test_prototypes_of_early_layers(items: list[Item], tmp_path: Path) -> None:
+    cow, _ = prototype_records(fitted(early=early(tmp_path, items)), items, **SHOWN)
+    front, context = cow["sides"]["early foreground"], cow["sides"]["early context"]
+    assert (front["total"], context["total"]) == (2, 1)  # zeros are missing
+    # on the left i0 has (8, 0) twice, i1 (1, 1) twice; of equal ones the first is nearest
+    numbers = [(one["number"], one["rule"]) for one in front["prototypes"]]
+    half = "nearest to 50% of the places"
+    assert numbers == [("0 of layer", half), ("1 of layer", half)]
+    near = front["prototypes"][1]["patches"]
+    assert [one["image"] for one in near] == ["i0", "i1"]
+    assert [one["cosine"] for one in near] == pytest.approx([1.0, 0.5**0.5], abs=1e-3)
+    # on the right lie (-1, 1) in i0 and (-1, 3) in i1
+    (only,) = context["prototypes"]
+    assert only["rule"] == "nearest to 100% of the places"
+    cosines = [one["cosine"] for one in only["patches"]]
+    assert cosines == pytest.approx([0.5**0.5, 0.1**0.5], abs=1e-3)
+    assert only["map"]["shape"] == [2, 2] and only["score"] is None
+    assert list(fitted().early or ()) == []
+
+
+def test_early_layers_of_a_map_without_foreground(items: list[Item], tmp_path: Path) -> None:
+    found = early(tmp_path, items, threshold=1.0)
+    cow, _ = prototype_records(fitted(early=found), items, **SHOWN)
+    first = cow["sides"]["early foreground"]["prototypes"][0]
+    assert (first["rule"], first["patches"]) == ("nearest to 0% of the places", [])
+
+
+def test_many_classes_show_no_early_layers(items: list[Item], tmp_path: Path) -> None:
+    """The page stays below its size: 2 classes, 2 sides and 1 layer of 3 patches are 12."""
+    found = early(tmp_path, items)
+    for most, shown in ((24, 2), (12, 1), (11, 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(made, "_MOST_PATCHES", most)
+            cow, _ = prototype_records(fitted(early=found), items, **SHOWN)
+        assert len(cow["sides"]["early foreground"]["prototypes"]) == shown
 
 
 def test_confusion_records(items: list[Item]) -> None:

@@ -364,7 +364,7 @@ class Context:
         return stated
 
     def judge(self, method: str, verdict: Record) -> None:
-        """Take and tell a verdict on the maps of a method."""
+        """Take and tell a verdict on the maps of a method, instead of an earlier one."""
         self.verdicts[method] = verdict
         if "agreement" in verdict:
             reason = f"agrees best with LPCAM-E, mIoU {100 * verdict['agreement']:.1f}"
@@ -373,6 +373,10 @@ class Context:
             if verdict["by_features"] is not None:
                 reason += f", features {verdict['by_features']:.2f}"
         self.chose(f"threshold of {method}", f"{verdict['threshold']:.2f}", reason)
+        doubt = f"the threshold of {method} is doubtful: "
+        self.warnings = tuple(one for one in self.warnings if not one.startswith(doubt))
+        if verdict["disagree"]:
+            self.warnings += (f"{doubt}{reason}; look at its masks, or set seeds.threshold",)
 
     def own_threshold(self, method: str) -> float:
         """Threshold of the maps of the run's own classifier."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
+
+from lpcam.evaluation.judge import THRESHOLDS
 
 #: For each method, ``thresholds`` and the scores at them by name, as fractions.
 Curves = Mapping[str, Mapping[str, Sequence[float]]]
@@ -68,11 +71,16 @@ def threshold_text(value: float | None) -> str:
 
 
 def threshold_charts(
-    curves: Curves, fixed: Mapping[str, float], place: Callable[[str], int]
+    curves: Curves,
+    fixed: Mapping[str, float],
+    place: Callable[[str], int],
+    verdicts: Mapping[str, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """One chart for each of mIoU, precision and recall against the threshold, in percent.
 
     ``fixed`` has the threshold of each method, to be marked; ``place`` gives its order and colour.
+    ``verdicts`` are on methods whose threshold the judge chose; its curves have a chart beside that
+    of the mIoU, or alone.
     """
     charts = []
     for name, title in _CURVES.items() if curves else ():
@@ -82,18 +90,34 @@ def threshold_charts(
             values = [100 * value for value in curves[method][name]]
             highest = max(range(len(values)), key=values.__getitem__)
             best = max(range(len(values)), key=curves[method]["miou"].__getitem__)
-            near = min(range(len(values)), key=lambda i: abs(thresholds[i] - own))
+            near, how = _nearest(thresholds, own), "automatic" if method in verdicts else "fixed"
             marks = [("fixed", own, values[near]), ("best", thresholds[best], values[best])]
             points = list(zip(thresholds, values, strict=True))
             lines.append((method, place(method), points, marks))
             words.append(
                 f"{method} is highest at {threshold_text(thresholds[highest])} with "
-                f"{values[highest]:.1f} percent and has {values[near]:.1f} percent at its fixed "
+                f"{values[highest]:.1f} percent and has {values[near]:.1f} percent at its {how} "
                 f"threshold of {threshold_text(own)}"
             )
         text = f"{title} against the threshold. {'; '.join(words)}."
         charts.append(_chart(title, "threshold", lines, text, right=1.0, unit="%"))
+    lines, words = [], []
+    for method in sorted(verdicts, key=place):
+        own, values = fixed[method], [100 * value for value in verdicts[method]["curve"]]
+        marks = [("fixed", own, values[_nearest(THRESHOLDS, own)])]
+        points = list(zip(THRESHOLDS, values, strict=True))
+        lines.append((method, place(method), points, marks))
+        peak, _ = max(points, key=itemgetter(1))
+        chosen = threshold_text(own)
+        words.append(f"{method} is highest at {peak:.2f}; its automatic threshold is {chosen}")
+    if lines:
+        text, unit = f"The judge against the threshold. {'; '.join(words)}.", "% of its maximum"
+        charts.insert(1, _chart("Judge", "threshold", lines, text, right=1.0, unit=unit))
     return charts
+
+
+def _nearest(thresholds: Sequence[float], own: float) -> int:
+    return min(range(len(thresholds)), key=lambda place: abs(thresholds[place] - own))
 
 
 def threshold_table(curves: Curves, place: Callable[[str], int]) -> list[dict[str, Any]]:

@@ -53,7 +53,7 @@ class Inputs:
     sharing: Sharing
     fixed: Mapping[Method, float]  #: Threshold of each method.
     about: Mapping[str, Any]
-    """Protocol, skipped, warnings, notices, events, history, networks, stages and command."""
+    """What else the page reads of metrics.json; warnings, notices, networks, stages and ways."""
     rows: Sequence[Mapping[str, Any]] = ()  #: Rows of metrics.json; empty without true masks.
     curves: Mapping[Method, Mapping[str, Sequence[float]]] = field(default_factory=dict)
     trained: SegmenterResults | None = None  #: The segmenters of the run, if any.
@@ -105,6 +105,7 @@ def collect(inputs: Inputs) -> dict[str, Any]:
                 "mu_b_lower": settings.context_lower,
                 **{name: getattr(settings, name) for name in ("restarts", "tau", "mu_f", "mu_b")},
             },
+            "early": [] if fitted.early is None else list(fitted.early.prototypes.layers),
             "classes": prototype_records(
                 fitted, searched, count=section.prototypes, patches=section.patches
             ),

@@ -19,7 +19,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.data.resize import scaled_size
 from lpcam.evaluation.segmentation import ThresholdSweep, truth_labels
 from lpcam.explain.web import encode_array, encode_picture, encode_unit
-from lpcam.method.image_maps import METHOD_NAMES, resize_maps
+from lpcam.method.image_maps import resize_maps
 from lpcam.method.settings import Method
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.progress import progress
@@ -47,11 +47,12 @@ class Sources:
 
 
 def highlights(scores: Scores) -> dict[str, list[str]]:
-    """Ids of the most improved and worsened images (LPCAM against CAM), the best and the worst."""
-    cam, lpcam = ({k: v for k, v in scores[m].items() if v is not None} for m in METHOD_NAMES)
-    gains = {name: lpcam[name] - cam[name] for name in lpcam if name in cam}
+    """Ids of the most improved and worsened images (last method against CAM), best and worst."""
+    known = {m: {k: v for k, v in own.items() if v is not None} for m, own in scores.items()}
+    cam, last = known["CAM"], known[list(known)[-1]]
+    gains = {name: last[name] - cam[name] for name in last if name in cam}
     by_gain = sorted(gains, key=lambda name: (-gains[name], name))
-    by_score = sorted(lpcam, key=lambda name: (-lpcam[name], name))
+    by_score = sorted(last, key=lambda name: (-last[name], name))
     return {
         "most improved": [name for name in by_gain[:_HIGHLIGHTS] if gains[name] > 0],
         "most worsened": [name for name in by_gain[::-1][:_HIGHLIGHTS] if gains[name] < 0],
@@ -78,7 +79,8 @@ def image_records(
     def record(item: Item) -> dict[str, Any]:
         picture = thumbnail_record(item.read())
         size = picture["height"], picture["width"]
-        maps = {m: read_maps(map_path(sources.folders[m], item.id)) for m in METHOD_NAMES}
+        folders = {m: path for m, path in sources.folders.items() if m != "LPCAM-F"}
+        maps = {m: read_maps(map_path(path, item.id)) for m, path in folders.items()}
         masks, extra, ious, scores = {}, {}, {}, {}
         if item.mask is not None:
             truth = truth_labels(item.read_mask(), classes)

@@ -39,6 +39,8 @@ def render(data: Mapping[str, Any]) -> str:
     own_place = partial(tables.place, methods=data["methods"])
     groups = tables.score_groups(data["rows"], data["methods"])
     headline = groups[0] if groups else None
+    verdicts = {name: one for name, one in data["verdicts"].items() if name in data["methods"]}
+    kinds = {"automatic" if name in verdicts else "fixed" for name in data["methods"]}
     environment = page_environment()
     environment.filters |= {
         "percent": lambda fraction: "–" if fraction is None else f"{100 * fraction:.1f}",
@@ -58,7 +60,8 @@ def render(data: Mapping[str, Any]) -> str:
         headline=headline,
         colours={one["name"]: one["color"] for one in data["classes"]},
         protocol=tables.protocol(data, groups),
-        charts=charts.threshold_charts(data["curves"], data["fixed"], own_place),
+        charts=charts.threshold_charts(data["curves"], data["fixed"], own_place, verdicts),
+        threshold_kind=" or ".join(sorted(kinds)),
         curve_rows=charts.threshold_table(data["curves"], own_place),
         per_class=tables.bars(headline, "per_class"),
         parts=tables.bars(headline, "part_coverage"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,8 +19,10 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.features import FeaturePair
 from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side
-from lpcam.data.map_files import map_path
+from lpcam.data.map_files import map_path, read_maps
+from lpcam.data.resize import resize
 from lpcam.explain.web import encode_picture, encode_unit
+from lpcam.method.early import EarlyPrototypes, centred
 from lpcam.method.functional import normalize, split
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Centers, Prototypes
@@ -30,8 +33,23 @@ from lpcam.report.images import small_planes, thumbnail_record
 PATCH = 64  #: Side of a patch in the page, in pixels.
 _PATCH_CELLS = 5  # side of a patch in the image, in cells of the feature grid
 _MOST_PATCHES = 1600  # in a page (about 2 MB); with many classes fewer prototypes of each are shown
+_EARLY_CENTRES = 3  # shown of each class, side and early layer
+_EARLY_IMAGES = 24  # of each class that are searched for the places of early layers
+#: An image's name, its features (C, h, w), and where each of M prototypes may lie, bool (M, h, w).
+Seen = tuple[str, Tensor, Tensor]
+#: A prototype's vector (C,), its side and its card.
+Shown = tuple[Tensor, SideName, dict[str, Any]]
 #: :meth:`lpcam.classifiers.feature_store.FeatureStore.pairs`.
 Pairs = Callable[[Sequence[Item], Sequence[float]], Iterator[FeaturePair]]
+
+
+class Early(NamedTuple):
+    """Prototypes of early layers, and where they read features and maps."""
+
+    prototypes: EarlyPrototypes
+    features: Callable[[Sequence[Item]], list[FeaturePair]]  #: Of each layer, as `FeatureStore`.
+    maps: Path  #: Folder of the maps LPCAM-E.
+    threshold: float  #: Of these maps; places above it are foreground.
 
 
 class Fitted(NamedTuple):
@@ -42,6 +60,7 @@ class Fitted(NamedTuple):
     pairs: Pairs
     settings: LpcamSettings
     cams: Path  #: Folder of the CAM maps, which split the images if the settings say so.
+    early: Early | None = None
 
     def features(self, item: Item) -> Tensor:
         """Features (C, h, w) of an image at scale 1."""
@@ -134,8 +153,8 @@ def prototype_records(
     records = []
     for index in range(len(classes)):
         own = [item for item in items if index in item.labels]
-        sides: dict[SideName, dict[str, Any]] = {}
-        shown: list[tuple[Tensor, SideName, dict[str, Any]]] = []
+        sides: dict[str, dict[str, Any]] = {}
+        shown: list[Shown] = []
         for side, of in both.items():
             total, kept = int((of.sizes[index] > 0).sum()), int(of.keep[index].sum())
             cards: list[dict[str, Any]] = []
@@ -147,31 +166,83 @@ def prototype_records(
                 cards.append(card | {"patches": [], "map": None, "range": None})
                 shown.append((of.centers[index, number], side, cards[-1]))
             sides[side] = {"total": total, "kept": kept, "prototypes": cards}
-        example = _add_nearest(fitted, own, index, shown, patches) if own and shown else None
+        example = None
+        if own and shown:
+            look = partial(
+                _where_to_look, fitted, index=index, sides=[side for _, side, _ in shown]
+            )
+            item = _add_nearest(look, own, shown, patches)
+            example = {"id": item.id, **thumbnail_record(item.read())}
+            if fitted.early is not None:
+                sides |= _early_sides(fitted.early, own, index, item, patches)
         records.append({"class": index, "example": example, "sides": sides})
     return records
 
 
+def _early_sides(
+    early: Early, items: Sequence[Item], index: int, example: Item, patches: int
+) -> dict[str, dict[str, Any]]:
+    """Prototypes of the early layers of a class by side, those with the most places first."""
+    found, items = early.prototypes, items[:: -(-len(items) // _EARLY_IMAGES)]
+    shared = len(found.classes) * len(SIDES) * len(found.layers) * patches
+    count = min(_EARLY_CENTRES, _MOST_PATCHES // shared)
+    # read once, because not all features may be kept
+    kept = {
+        item.id: [pair.features[0].half().cpu() for pair in early.features([item])]
+        for item in (*items, example)
+    }
+
+    def look(item: Item, *, layer: int, wanted: Sequence[SideName]) -> Seen:
+        features = centred(kept[item.id][layer].float(), found.means[layer])
+        stored = read_maps(map_path(early.maps, item.id))
+        above = resize(torch.from_numpy(stored.cam), features.shape[-2:]) > early.threshold
+        own, rest = above[stored.keys.tolist().index(index)], ~above.any(0)
+        where = torch.stack([own if side == "foreground" else rest for side in wanted])
+        return item.id, features, where
+
+    sides: dict[str, dict[str, Any]] = {}
+    for layer, name in enumerate(found.layers):
+        shown: list[Shown] = []
+        for side in SIDES:
+            part = sides.setdefault(f"early {side}", {"total": 0, "kept": None, "prototypes": []})
+            centers = getattr(found, side)[layer][index]
+            centers = centers[centers.any(1)]
+            part["total"] += len(centers)
+            counts = torch.zeros(len(centers))
+            for item in items if len(centers) else ():
+                _, features, (inside,) = look(item, layer=layer, wanted=[side])
+                nearest = (centers @ features[:, inside]).argmax(0)
+                counts += torch.bincount(nearest, minlength=len(centers))
+            for number in counts.argsort(descending=True, stable=True)[:count].tolist():
+                rule = f"nearest to {counts[number] / counts.sum().clamp_min(1):.0%} of the places"
+                card = {"number": f"{number} of {name}", "score": None, "kept": True, "rule": rule}
+                part["prototypes"].append(card)
+                shown.append((centers[number], side, card))
+        if shown:
+            every = partial(look, layer=layer, wanted=[side for _, side, _ in shown])
+            _add_nearest(every, items, shown, patches, example)
+    return sides
+
+
 def _add_nearest(
-    fitted: Fitted,
+    look: Callable[[Item], Seen],
     items: Sequence[Item],
-    index: int,
-    shown: Sequence[tuple[Tensor, SideName, dict[str, Any]]],
+    shown: Sequence[Shown],
     patches: int,
-) -> dict[str, Any]:
-    """Add patches and map of each prototype of a class; returns an example image of the class."""
+    example: Item | None = None,
+) -> Item:
+    """Add patches and map of each prototype of a class; returns the example image of the maps."""
     vectors, sides, cards = zip(*shown, strict=True)
     centers = torch.stack(vectors)
-    grids = (_where_to_look(fitted, item, index, sides) for item in items)
-    places = nearest_places(grids, centers, patches)
+    places = nearest_places(map(look, items), centers, patches)
     foreground = places[: sides.count("foreground")]
     counts = Counter(place.image for near in foreground for place in near)
     # the image named most often; one with a single label if there is any
-    chosen = max(items, key=lambda item: (len(item.labels) == 1, counts[item.id]))
-    grid = F.normalize(fitted.features(chosen).to(centers), dim=0)
+    chosen = example or max(items, key=lambda one: (len(one.labels) == 1, counts[one.id]))
+    grid = F.normalize(look(chosen)[1].to(centers), dim=0)
     cosines = torch.einsum("kc,chw->khw", F.normalize(centers, dim=1), grid)
     # each map has its own range, because all values are close together
-    scaled = normalize(cosines, "minmax").cpu().numpy()
+    scaled = small_planes(normalize(cosines, "minmax").cpu().numpy())
     pictures: dict[Place, str] = {}
     for item in items:
         here = [place for near in places for place in near if place.image == item.id]
@@ -184,13 +255,11 @@ def _add_nearest(
         ]
         card["map"] = encode_unit(scaled[row])
         card["range"] = [round(edge.item(), 4) for edge in cosines[row].aminmax()]
-    return {"id": chosen.id, **thumbnail_record(chosen.read())}
+    return chosen
 
 
-def _where_to_look(
-    fitted: Fitted, item: Item, index: int, sides: Sequence[SideName]
-) -> tuple[str, Tensor, Tensor]:
-    """An image's name, its features (C, h, w), and where a prototype of each side may lie."""
+def _where_to_look(fitted: Fitted, item: Item, *, index: int, sides: Sequence[SideName]) -> Seen:
+    """What is seen of an image by prototypes of some sides."""
     features, settings = fitted.features(item), fitted.settings
     path, weight = map_path(fitted.cams, item.id), fitted.classifier.weight
     cam = on_grid(split_maps(features, [index], weight, path, settings), features, settings)[0]

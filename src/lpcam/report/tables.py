@@ -10,6 +10,7 @@ Rows = Sequence[Mapping[str, Any]]
 _METRICS = ("miou", "fp", "fn", "precision", "recall")  # columns of the tables of scores
 _SOURCES = {  # titles of groups, by how the threshold was chosen
     "ground truth": "Each method at its own best threshold",
+    "automatic": "Each method at its automatic threshold, chosen without true masks",
     "fixed": "Each method at its fixed threshold",
 }
 _JOINT = " + "  # between a method and what refined its maps, as in "LPCAM + IRN"
@@ -22,7 +23,7 @@ _LABELS = {
     "selected": "Images that are clustered",
     "preset": "Preset",
     "changed_from_preset": "Changed from the preset",
-    "thresholds": "Fixed thresholds",
+    "thresholds": "Thresholds",
     "scales": "Image scales",
     "flip": "Mirrored image used",
     "crf": "CRF refinement",
@@ -37,7 +38,7 @@ _LABELS = {
     "host": "Host",
     "versions": "Versions",
 }
-_ELSEWHERE = ("command", "threshold", "threshold_source", "classes")  # shown elsewhere
+_ELSEWHERE = ("command", "threshold", "threshold_source", "classes", "chosen")  # shown elsewhere
 
 
 def place(method: str, methods: Sequence[str]) -> int:

@@ -408,7 +408,8 @@
     let turn = 0;
     chooser.append(...all.map((one, index) => make("option", { value: String(index), textContent: name(one.class) })));
 
-    const titles = { foreground: "Foreground prototypes", context: "Context prototypes" };
+    const titles = { foreground: "Foreground prototypes", context: "Context prototypes",
+      "early foreground": "Early layers: foreground", "early context": "Early layers: context" };
     const limits = {
       foreground: [rule.mu_f],
       context: [rule.mu_b_lower, rule.mu_b],
@@ -423,15 +424,17 @@
     const symbols = (text) => text.split(/(μ_[fb])/).map((part, n) =>
       (n % 2 ? make("span", {}, "μ", make("sub", { textContent: part[2] })) : part));
     const card = (side, one, choose) => {
+      const scored = one.score !== null; // those of early layers have no score
       const patches = make("span", { className: "patches" }, ...one.patches.slice(0, 4).map((patch) =>
         make("img", { src: patch.picture, alt: "", width: 64, height: 64, title: `${patch.image}, cosine ${patch.cosine.toFixed(2)}` })));
       const button = make("button", { type: "button", className: `prototype${one.kept ? "" : " rejected"}`, aria: { "aria-pressed": "false" } },
         patches,
         make("span", { className: "verdict" },
           make("span", { textContent: `No. ${one.number}` }),
-          make("span", { className: one.kept ? "kept" : "gone", textContent: one.kept ? "✓ kept" : "✕ rejected" })),
-        bar(side, one),
-        make("span", { className: "why" }, ...symbols(one.rule), make("br"), `${one.size.toLocaleString("en")} region${one.size === 1 ? "" : "s"} in the group`));
+          ...(scored ? [make("span", { className: one.kept ? "kept" : "gone", textContent: one.kept ? "✓ kept" : "✕ rejected" })] : [])),
+        ...(scored ? [bar(side, one)] : []),
+        make("span", { className: "why" }, ...symbols(one.rule),
+          ...(scored ? [make("br"), `${one.size.toLocaleString("en")} region${one.size === 1 ? "" : "s"} in the group`] : [])));
       button.addEventListener("click", () => choose(side, one, button));
       return make("li", {}, button);
     };
@@ -469,7 +472,7 @@
           if (prototype.kept) first ??= [side, prototype, made.firstChild];
           return made;
         });
-        const counted = `${kept} of ${total} kept${shown.length < total ? `, ${shown.length} shown` : ""}`;
+        const counted = `${kept === null ? total : `${kept} of ${total} kept`}${shown.length < total ? `, ${shown.length} shown` : ""}`;
         return make("div", {},
           make("h3", {}, titles[side], make("small", { textContent: counted })),
           cards.length ? make("ul", { className: "cards" }, ...cards)

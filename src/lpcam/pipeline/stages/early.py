@@ -63,19 +63,14 @@ def sharpen(context: Context) -> Iterator[Task]:
 
     yield context.task("early", parts, [context.folder.early], work)
     output = context.results["early"].output
-    context.verdicts["LPCAM-E"] = output["verdict"]
+    context.judge("LPCAM-E", output["verdict"])
     way = next(one for one in output["ways"] if one["chosen"])
+    told = [one["information"] for one in output["ways"]]
     context.chose(
         "lpcam.early",
         f"{way['base']}, {way['fusion']}"
         + f" after round {way['round']}" * (way["fusion"] != "none"),
-        f"colour information {way['information']:.4f}; "
-        + ", ".join(
-            f"{one['base']} {one['fusion']} {one['round'] or ''}".strip()
-            + f" {one['information']:.4f}"
-            for one in output["ways"]
-            if one is not way
-        ),
+        f"colour information {way['information']:.4f}, the least {min(told):.4f}",
     )
     yield _map_task(context)
     yield from judge_all(context)

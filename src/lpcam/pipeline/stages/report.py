@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lpcam.data.dataset import Item
+from lpcam.method.early import EarlyPrototypes
 from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context, required
@@ -16,7 +17,7 @@ from lpcam.pipeline.stages.evaluate import dataset_name
 from lpcam.report.collect import Inputs, collect
 from lpcam.report.images import Sources
 from lpcam.report.page import render
-from lpcam.report.prototypes import Fitted
+from lpcam.report.prototypes import Early, Fitted
 from lpcam.report.segmenters import SegmenterResults, TrainedSegmenter
 from lpcam.runtime.files import read_json, write_bytes
 from lpcam.runtime.versions import versions
@@ -71,6 +72,7 @@ def _page(context: Context) -> str:
             context.store(context.classifier).pairs,
             context.lpcam,
             folders["CAM"],
+            _early(context),
         ),
         recipe.report,
         context.sharing,
@@ -85,11 +87,26 @@ def _page(context: Context) -> str:
             "networks": _networks(context, metrics),
             "stages": [{"name": name, **use[name]} for name in context.stages if name in use],
             "command": metrics["command"],
+            "choices": metrics["choices"],
+            "verdicts": metrics["verdicts"],
+            "ways": context.results["early"].output["ways"] if "early" in context.results else [],
         },
         trained=_segmenters(context, metrics),
         **shown,
     )
     return render(collect(inputs))
+
+
+def _early(context: Context) -> Early | None:
+    """Prototypes of early layers, if the maps LPCAM-E use them."""
+    if "early" not in context.results:
+        return None
+    fingerprint = context.results["classifier"].output["fingerprint"]
+    found = EarlyPrototypes.load(context.folder.early, fingerprint=fingerprint)
+    if found.fusion == "none":
+        return None
+    maps, features = context.folder / RESULTS["LPCAM-E"], context.store(context.classifier).early
+    return Early(found, features, maps, context.own_threshold("LPCAM-E"))
 
 
 def _networks(context: Context, metrics: Record) -> list[Record]:
