@@ -385,7 +385,7 @@ class Context:
     @cached_property
     def early_layers(self) -> tuple[str, ...]:
         """Early layers of the backbone that the run looks at; none where nothing is chosen."""
-        return self._early_layers(self.classifier)
+        return self._early_layers(self.classifier) if self.makes_maps else ()
 
     def _early_layers(self, classifier: Classifier) -> tuple[str, ...]:
         chooses = any(self.recipe.chooses_threshold(method) for method in self.methods)

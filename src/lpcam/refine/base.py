@@ -135,6 +135,8 @@ class Refinement(ABC):
     uses_saliency: ClassVar[bool] = False  #: Whether it needs saliency maps (data.saliency).
     crf_place: ClassVar[str | Literal[False]] = False
     """Step that uses a dense CRF, for the protocol of scores; False: none."""
+    judged: ClassVar[bool] = False
+    """Whether a threshold of its maps has to be chosen, and can be by the judge."""
     every_image: ClassVar[bool] = False
     """Whether images without a class are refined too, because they need further files."""
 
@@ -238,11 +240,13 @@ REFINEMENTS: Registry[Refinement] = Registry(
     "refinement",
     "lpcam.refinements",
     {
+        "auto": "lpcam.refine.auto:AUTO",
         "irn": "lpcam.refine.irn:REFINEMENT",
         "crf": "lpcam.refine.crf:REFINEMENT",
         "pamr": "lpcam.refine.pamr:REFINEMENT",
         "psa": "lpcam.refine.psa:REFINEMENT",
         "saliency": "lpcam.refine.saliency_fusion:REFINEMENT",
+        "none": "lpcam.refine.auto:NONE",
     },
 )
 

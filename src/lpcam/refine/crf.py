@@ -25,7 +25,7 @@ from lpcam.refine import base
 from lpcam.refine.permutohedral import Filter, Lattice, join, permutohedral_lattice
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.resources import available_memory
-from lpcam.runtime.settings import Positive, PresetModel
+from lpcam.runtime.settings import Fraction, Positive, PresetModel
 
 
 class CrfSettings(PresetModel):
@@ -52,6 +52,8 @@ class CrfSettings(PresetModel):
     """Potts weight of the kernel of positions and colours; 0 leaves it out."""
     iterations: Annotated[int, Field(ge=0)]
     """Number of mean-field iterations."""
+    keep: Fraction
+    """A class of an image keeps its seed if the CRF leaves less than this share of it; 0: never."""
 
 
 NORM_EPSILON = 1e-20  #: Added to the row sums of a kernel before their square root is taken.
@@ -242,7 +244,26 @@ def crf_scores(crf: DenseCrf, image: Tensor, planes: Tensor, alphas: Sequence[fl
     return crf.refine_probabilities(image, stacks)
 
 
-class _CrfRefinement(base.Refinement):
+def keep_seeds(maps: Tensor, seed: Tensor, share: float) -> Tensor:
+    """Maps (K, H, W) above `DECIDED` within a class, where classes that vanish keep their seed.
+
+    ``seed`` (H, W) has 0 for background and k + 1 for the k-th plane. A class vanishes if less than
+    ``share`` of its seed is left to it.
+
+    Example:
+        >>> seed = torch.tensor([[1, 1, 0]])
+        >>> keep_seeds(torch.zeros(1, 1, 3), seed, 0.05).tolist()
+        [[[1.0, 1.0, 0.0]]]
+    """
+    for place, plane in enumerate(maps if share else ()):
+        own = seed == place + 1
+        if bool(own.any()) and float((plane[own] > base.DECIDED).float().mean()) < share:
+            planes = torch.arange(len(maps), device=maps.device)[:, None, None]
+            maps = torch.where(own, (planes == place).to(maps), maps)
+    return maps
+
+
+class CrfRefinement(base.Refinement):
     """A dense CRF on the seeds."""
 
     title = "CRF"
@@ -257,9 +278,10 @@ class _CrfRefinement(base.Refinement):
 
         def refine(picture: base.Picture) -> Tensor:
             hard = seeds(picture.planes, job.source.seed_threshold)
-            return base.decided(crf.refine_labels(picture.image, hard, len(picture.planes) + 1))
+            scores = crf.refine_labels(picture.image, hard, len(picture.planes) + 1)
+            return keep_seeds(base.decided(scores), hard, crf.settings.keep)
 
         return refine
 
 
-REFINEMENT = _CrfRefinement()
+REFINEMENT = CrfRefinement()

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, NamedTuple, Self
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,9 +27,10 @@ from lpcam.data.resize import quarter_size, resize
 from lpcam.method.functional import unflip
 from lpcam.refine import base
 from lpcam.refine import walk as stencil
+from lpcam.refine.crf import DenseCrf
 from lpcam.refine.irn_network import Irn, build_irn
 from lpcam.refine.pair_network import PairSettings, train_on_pairs
-from lpcam.refine.ternary import TernarySettings, ternary_key, ternary_labeller
+from lpcam.refine.ternary import TernarySettings, crf_labels, ternary_key, ternary_labeller
 from lpcam.refine.walk import EPSILON, STRIDE
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import scale_mirror_crop
@@ -54,6 +55,8 @@ class IrnSettings(PairSettings, TernarySettings):
     """Distance, in cells of 4 pixels, below which two cells are a pair in the walk."""
     sharpness: Positive
     """Exponent of the maps before the walk; a larger one favours high values."""
+    walked: Literal["maps", "cleaned"]
+    """What walks: the maps, or only their part within the seeds that the CRF has cleaned."""
     threshold: Fraction
     """Threshold of the pseudo masks, as a fraction of the maximum of an image's walked maps."""
     cam_threshold: Fraction
@@ -175,8 +178,11 @@ class _IrnRefinement(base.LearnedRefinement):
     title = "IRN"
     settings = IrnSettings
     crf_place = "on the labels that IRN learns from"
+    judged = True
     every_image = True  # for their boundaries
-    map_settings = frozenset({"walk_radius", "beta", "exponent", "tolerance", "sharpness"})
+    map_settings = frozenset(
+        {"walk_radius", "beta", "exponent", "tolerance", "sharpness", "walked"}
+    )
     network_settings = frozenset(
         name for name in IrnSettings.model_fields if not name.endswith("threshold")
     ) - {"preset", *map_settings}
@@ -195,6 +201,13 @@ class _IrnRefinement(base.LearnedRefinement):
 
     def described(self, section: base.RefineSection, tools: base.Tools) -> dict[str, Any]:
         return section.model_dump(mode="json", include={"method", "irn", "crf"})
+
+    def key(self, job: base.Job) -> Mapping[str, Any]:
+        own = super().key(job)
+        if job.settings.walked == "maps":
+            return own
+        crf = job.section.label_crf.model_dump(mode="json", exclude={"preset"})
+        return {**own, "crf": crf, "seed_threshold": job.source.seed_threshold}
 
     def label_key(self, job: base.Job) -> Mapping[str, Any]:
         thresholds = job.settings.ternary_thresholds(job.source.method, job.source.shift)
@@ -263,12 +276,19 @@ class _IrnRefinement(base.LearnedRefinement):
     def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
         """Walks the maps; writes the boundaries beside the pseudo masks."""
         loaded = Irn.load(network).to(job.tools.device).folded()
+        cleaned = job.settings.walked == "cleaned"
+        crf = DenseCrf(job.section.label_crf, memory=job.tools.memory) if cleaned else None
 
         def refine(picture: base.Picture) -> tuple[Tensor, Tensor]:
             image = picture.image.cpu().numpy()
             boundary = boundary_map(loaded, image)
             write_plane(folder / "boundaries" / f"{picture.item.id}.png", boundary.cpu().numpy())
             quarter = resize(torch.from_numpy(picture.maps.cam), boundary.shape).to(boundary)
+            if crf is not None and len(picture.planes):
+                threshold = (job.source.seed_threshold,)
+                (labels,) = crf_labels(crf, picture.image, picture.planes, threshold)
+                inside = labels == torch.arange(1, len(quarter) + 1).to(labels)[:, None, None]
+                quarter = resize((inside * picture.planes).to(boundary), boundary.shape)
             walked = propagate(quarter, boundary, job.settings)
             full = pseudo_maps(walked, (image.shape[0], image.shape[1]))
             return _divided(walked), full

@@ -138,6 +138,7 @@ class _PamrRefinement(base.Refinement):
     """The maps averaged over neighbours of similar colour."""
 
     title = "PAMR"
+    judged = True
     settings = PamrSettings
 
     def threshold(self, section: base.RefineSection, source: base.Source) -> float:

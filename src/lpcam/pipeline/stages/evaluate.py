@@ -33,6 +33,7 @@ class Scored:
     """Fixed threshold of the preset or the recipe; None: no program states one."""
     source: str  #: Name of the maps, or of those they were refined from.
     hosted: bool = False  #: Whether a host made the maps, or those they were refined from.
+    crf: str | bool = False  #: Step that used a dense CRF; False: none.
 
 
 def _scored(context: Context) -> dict[str, Scored]:
@@ -56,11 +57,12 @@ def _scored(context: Context) -> dict[str, Scored]:
         own = (result.folder, result.key, stated, arm.title)
         found[arm.title] = Scored("seed", *own, hosted=True)
     for name, (source, result) in refine.refined(context).items():
-        refine_section = required(recipe.refine)
-        fixed = refine_section.refinement.threshold(refine_section, source)
+        refine_section = refine.chosen(context, source)
+        fixed = refine.threshold(context, refine_section, source)
+        crf = refine_section.refinement.crf_use(refine_section)
         hosted = source.method in {arm.title for arm in arms}
         folder = result.folder / "maps"
-        found[name] = Scored("pseudo", folder, result.key, fixed, source.method, hosted)
+        found[name] = Scored("pseudo", folder, result.key, fixed, source.method, hosted, crf)
     return found
 
 
@@ -152,17 +154,13 @@ def _write_figures(context: Context, methods: Mapping[str, Scored], items: Seque
 def _with_protocol(context: Context, method: Scored, row: Record) -> Record:
     """A row of maps with its protocol."""
     shared = _protocol(context)
-    crf: bool | str = False  # the masks that a host learns from are in the protocol's host
     if method.stage == "seed":
         shared["refine"] = None
-    else:
-        section = required(context.recipe.refine)
-        crf = section.refinement.crf_use(section)
     if not method.hosted:
         shared.pop("host", None)
     by_truth = row["threshold_source"] == "ground truth"
     own = {
-        "crf": crf,
+        "crf": method.crf,  # the masks that a host learns from are in the protocol's host
         "threshold": row["threshold"],
         "threshold_source": (
             "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,13 +19,16 @@ from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.resize import resize
+from lpcam.evaluation.judge import THRESHOLDS, colour_bins, curves, step_of, verdict
 from lpcam.hosts.base import folder_name
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.pipeline.cache import Record, Result, Task
+from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context, FileOf, Given, one_network, required
 from lpcam.pipeline.run_folder import RESULTS, mask_path, refined_map_path
 from lpcam.pipeline.stages.classify import build_classifier
+from lpcam.pipeline.stages.judge import sampled
 from lpcam.refine.base import (
+    DECIDED,
     Job,
     Labelled,
     LearnedRefinement,
@@ -38,6 +43,10 @@ from lpcam.runtime.resources import memory_of_an_image
 from lpcam.training.loop import History
 
 HIGHEST = 1.001  #: Largest value of a normalised map; rounding may exceed 1.
+AUTO = "auto"
+GATE_IMAGES = 60  #: Images on which a refinement is judged before it is used.
+GAIN = 1.05  #: A CRF must raise the judges' product by this factor to be chosen.
+KEEP = 0.05  #: ``crf.keep`` where the run chooses.
 GIVEN = "given"  #: Name of maps that another program made, in figures and folders.
 
 
@@ -250,23 +259,130 @@ def train_networks(context: Context) -> Iterator[Task]:
         yield context.training_task(name, parts, path, build, train)
 
 
+def chosen(context: Context, source: Source) -> RefineSection:
+    """The recipe's section, with the method that the run chose for maps where it is ``auto``."""
+    section = required(context.recipe.refine)
+    if section.method != AUTO:
+        return section
+    method = context.results[f"refine-choice/{source.name}"].output["method"]
+    crf = section.label_crf.model_copy(update={"keep": KEEP})
+    return section.model_copy(update={"method": method, "crf": crf})
+
+
+def threshold(context: Context, section: RefineSection, source: Source) -> float:
+    """Threshold of refined maps: the judge's, or that of the refinement."""
+    stated = section.refinement.threshold(section, source)
+    return context.threshold(section.title(source.method), stated)
+
+
+def _choose(context: Context, source: Source) -> Iterator[Task]:
+    """A task that finds out whether a CRF improves masks, by the judges on some images."""
+    section, lent = required(context.recipe.refine), tools(context)
+    crf = section.label_crf.model_copy(update={"keep": KEEP})
+    job = Job(section.model_copy(update={"method": "crf", "crf": crf}), source, lent)
+    items = sampled(context, GATE_IMAGES)
+    layers = list(context.early_layers)
+    parts = {
+        "revision": 1,
+        "maps": source.key,
+        "images": context.digest(items),
+        "layers": layers,
+        **job.section.refinement.key(job),
+    }
+
+    def work(result: Result) -> Output:
+        refine = job.section.refinement.refiner(job, Path(), result.folder)
+        store = context.store(context.classifier) if layers else None
+
+        @torch.inference_mode()
+        def judge(item: Item) -> torch.Tensor:
+            found = _picture(context, item, source.folder)
+            early = None if store is None else store.early([item])[0].features[0]
+            seed = (found.planes.amax(0) > source.seed_threshold)[None]
+            after = (refine(found).amax(0) > DECIDED)[None]  # type: ignore[union-attr]
+            image = found.image.cpu().numpy()
+            step = step_of((image.shape[0], image.shape[1]))
+            sides = []
+            for mask in (seed.float().cpu(), after.float().cpu()):
+                told = curves(colour_bins(image[::step, ::step]), mask[:, ::step, ::step], early)
+                sides.append(torch.tensor([*told[:, 0].tolist(), float(mask.mean())]))
+            return torch.stack(sides)
+
+        total = torch.zeros(2, 3, dtype=torch.float64)
+        for one in context.sharing.map(judge, context.sharing.mine(items)):
+            total += one
+        (colours, features, share), after = (context.processes.sum(total) / len(items)).tolist()
+        before = max(colours * math.sqrt(features), 1e-12)
+        gain = after[0] * math.sqrt(after[1]) / before
+        helps = gain >= GAIN and after[2] <= share
+        return {"method": "crf" if helps else "none", "gain": gain, "share": [share, after[2]]}
+
+    yield context.task(f"refine-choice/{source.name}", parts, [], work)
+    found = context.results[f"refine-choice/{source.name}"].output
+    told = f"information x sqrt(variance explained) {found['gain']:.2f} times the seeds'"
+    told += " and foreground {:.3f} to {:.3f} of the pixels".format(*found["share"])
+    context.chose(f"refinement of {source.method}", found["method"], told)
+
+
+def _judge(context: Context, job: Job) -> Iterator[Task]:
+    """A task that chooses the threshold of refined maps, where that of the seeds was chosen."""
+    source, method, title = job.source, job.section.refinement, job.section.title(job.source.method)
+    if source.method not in context.verdicts or not method.judged:
+        return
+    items, layers = sampled(context, GATE_IMAGES), list(context.early_layers)
+    parts = {**_parts(context, job), "images": context.digest(items), "layers": layers}
+    network = context.folder.network(f"refine-network/{source.name}")
+
+    def work(result: Result) -> Output:
+        refine = method.refiner(job, network, result.folder)
+        store = context.store(context.classifier) if layers else None
+
+        @torch.inference_mode()
+        def judge(place: int) -> tuple[int, torch.Tensor]:
+            found = _picture(context, items[place], source.folder)
+            output = refine(found)
+            maps = output[1] if isinstance(output, tuple) else output
+            early = None if store is None else store.early([items[place]])[0].features[0]
+            image = found.image.cpu().numpy()
+            step = step_of((image.shape[0], image.shape[1]))
+            colours = colour_bins(image[::step, ::step])
+            return place, curves(colours, maps.cpu()[:, ::step, ::step], early)
+
+        mine = {item.id for item in context.sharing.mine(items)}
+        curve = torch.zeros(len(items), 2, len(THRESHOLDS), dtype=torch.float64)
+        places = [place for place, item in enumerate(items) if item.id in mine]
+        for place, one in context.sharing.map(judge, places):
+            curve[place] = one
+        shutil.rmtree(result.folder / "boundaries", ignore_errors=True)  # of these images alone
+        return verdict(context.processes.sum(curve)).as_json()
+
+    yield context.task(f"judge/pseudo/{source.name}", parts, [], work)
+    context.judge(title, context.results[f"judge/pseudo/{source.name}"].output)
+
+
+def _parts(context: Context, job: Job) -> Record:
+    """Everything that refined maps depend on, as JSON."""
+    trained = context.results.get(f"refine-network/{job.source.name}")
+    return {
+        "revision": 2,
+        "method": job.section.method,
+        "maps": job.source.key,
+        "network": None if trained is None else trained.output["digest"],
+        "mask_ids": list(context.dataset.classes.mask_ids),
+        "maximum_side": context.recipe.maps.maximum_side,
+        "dtype": context.recipe.maps.dtype,
+        **job.section.refinement.key(job),
+    }
+
+
 def write_pseudo_masks(context: Context) -> Iterator[Task]:
     """Refined maps and pseudo masks of every image of the list that has maps."""
-    section, method = required(context.recipe.refine), required(context.recipe.refine).refinement
-    for job in _jobs(context):
-        source = job.source
-        trained = context.results.get(f"refine-network/{source.name}")
-        parts = {
-            "revision": 2,
-            "method": section.method,
-            "maps": source.key,
-            "network": None if trained is None else trained.output["digest"],
-            "threshold": method.threshold(section, source),
-            "mask_ids": list(context.dataset.classes.mask_ids),
-            "maximum_side": context.recipe.maps.maximum_side,
-            "dtype": context.recipe.maps.dtype,
-            **method.key(job),
-        }
+    for source in sources(context):
+        if required(context.recipe.refine).method == AUTO:
+            yield from _choose(context, source)
+        job = Job(chosen(context, source), source, tools(context))
+        yield from _judge(context, job)
+        parts = {**_parts(context, job), "threshold": threshold(context, job.section, source)}
         yield context.image_task(
             f"pseudo/{source.name}",
             f"pseudo masks of {source.method}",
@@ -281,7 +397,7 @@ def _refiner(context: Context, job: Job, result: Result) -> Callable[[Item], Non
     source, method = job.source, job.section.refinement
     network = context.folder.network(f"refine-network/{source.name}")
     refine = method.refiner(job, network, result.folder)
-    threshold, classes = method.threshold(job.section, source), context.dataset.classes
+    cut, classes = threshold(context, job.section, source), context.dataset.classes
 
     def make(item: Item) -> None:
         refined = refined_map_path(result.folder, item.id)
@@ -294,7 +410,7 @@ def _refiner(context: Context, job: Job, result: Result) -> Callable[[Item], Non
         file = MapFile(maps.keys, cam, high_res, {"stage": result.key})
         write_maps(refined, file, dtype=context.recipe.maps.dtype)
         # From the file's own rounded values, so that masks and scores of the maps agree.
-        seed = seeds(torch.from_numpy(read_maps(refined).high_res), threshold)
+        seed = seeds(torch.from_numpy(read_maps(refined).high_res), cut)
         write_mask(mask_path(result.folder, item.id), to_mask(seed, maps.keys, classes))
 
     return make
@@ -306,7 +422,10 @@ def refined(context: Context) -> Mapping[str, tuple[Source, Result]]:
     if section is None or context.given_masks is not None:
         return {}
     return {
-        section.title(source.method): (source, context.results[f"pseudo/{source.name}"])
+        chosen(context, source).title(source.method): (
+            source,
+            context.results[f"pseudo/{source.name}"],
+        )
         for source in sources(context)
     }
 

@@ -71,10 +71,11 @@ def training_masks(context: Context) -> list[TrainingMasks]:
             key = context.digest([item for item, _ in pairs], truth=True)
             found.append(TrainingMasks("true masks", TRUTH, pairs, key))
         else:
-            section, source = required(context.recipe.refine), made[wanted]
+            source = made[wanted]
+            section = refine.chosen(context, source)
             result = context.results[f"pseudo/{source.name}"]
             pairs = [(item, mask_path(result.folder, item.id)) for item in items]
-            title, threshold = section.title(wanted), section.refinement.threshold(section, source)
+            title, threshold = section.title(wanted), refine.threshold(context, section, source)
             found.append(TrainingMasks(title, source.name, pairs, result.key, threshold))
     return found
 
