@@ -122,7 +122,7 @@ def way(base, fusion="none"):
 
 
 def picture(good: float, bad: float) -> EarlyImage:
-    """An image of two colours; the base CAM marks one of them, LPCAM a part ``bad`` of the other."""
+    """An image of two colours: CAM marks one of them, LPCAM a part ``bad`` of the other too."""
     colours = torch.zeros(40, 40, dtype=torch.int64)
     colours[:, 20:] = 9
     cam = torch.zeros(1, 40, 40)

@@ -103,11 +103,11 @@ class EarlySettings(Section):
     """Number of times that places are split by the sharper map and clustered anew."""
     clusters: Annotated[int, Field(ge=1)] = 36
     """Number of clusters of each class, side and layer."""
-    nearest: Annotated[int, Field(ge=1)] = 12
+    nearest: Annotated[int, Field(ge=1)] = 8
     """Number of nearest centres of a side whose cosines are averaged at a place."""
     foreground: Fraction = 0.6
     """Places above this share of a map's largest cell are foreground."""
-    context: Fraction = 0.25
+    context: Fraction = 0.35
     """Places where the largest map is below this value are context."""
     places: Annotated[int, Field(ge=1)] = 60
     """Maximum number of sampled places of each image, class and side."""
