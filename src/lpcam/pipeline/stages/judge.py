@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lpcam.data.dataset import Item
@@ -46,25 +47,42 @@ def judged(context: Context, method: str, result: Result) -> Iterator[Task]:
     def work(_: Result) -> Output:
         if preferred is not None:
             return _agreement(context, items, preferred, threshold, result)
-        store = context.store(context.classifier) if layers else None
-
-        @torch.inference_mode()
-        def judge(place: int) -> tuple[int, Tensor]:
-            step, colours = coloured(items[place])
-            maps, _ = _maps(result, items[place], step)
-            early = None if store is None else store.early([items[place]])[0].features[0]
-            return place, curves(colours, maps, early)
-
-        mine = {item.id for item in context.sharing.mine(items)}
-        places = [place for place, item in enumerate(items) if item.id in mine]
-        found = torch.zeros(len(items), 2, len(THRESHOLDS), dtype=torch.float64)
-        for place, one in context.sharing.map(judge, places):
-            found[place] = one
-        return verdict(context.processes.sum(found)).as_json()
+        found = curves_of(context, items, lambda item: (item.read(), [_maps(result, item, 1)[0]]))
+        return verdict(found[:, 0]).as_json()
 
     task = context.task(name, parts, [], work)
     yield task
     context.judge(method, task.results[0].output)
+
+
+def curves_of(
+    context: Context,
+    items: Sequence[Item],
+    maps_of: Callable[[Item], tuple[NDArray[np.uint8], Sequence[Tensor]]],
+    count: int = 1,
+) -> Tensor:
+    """What the judges say of M maps of each image (:func:`curves`), float64 (images, M, 2, T).
+
+    ``maps_of`` gives an image (H, W, 3) and its M = ``count`` maps (K, H, W). Every process has all
+    results.
+    """
+    store = context.store(context.classifier) if context.early_layers else None
+
+    @torch.inference_mode()
+    def judge(place: int) -> tuple[int, Tensor]:
+        image, every = maps_of(items[place])
+        step = step_of((image.shape[0], image.shape[1]))
+        colours = colour_bins(image[::step, ::step])
+        early = None if store is None else store.early([items[place]])[0].features[0]
+        parts = [maps.cpu()[:, ::step, ::step] for maps in every]
+        return place, torch.stack([curves(colours, maps, early) for maps in parts])
+
+    mine = {item.id for item in context.sharing.mine(items)}
+    places = [place for place, item in enumerate(items) if item.id in mine]
+    found = dict(context.sharing.map(judge, places))
+    nothing = torch.zeros(count, 2, len(THRESHOLDS), dtype=torch.float64)
+    whole = torch.stack([found.get(place, nothing) for place in range(len(items))])
+    return context.processes.sum(whole)
 
 
 def judge_all(context: Context) -> Iterator[Task]:

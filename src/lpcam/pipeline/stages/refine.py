@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lpcam.classifiers.classifier import RANDOM
 from lpcam.data.dataset import Item, Skip
@@ -19,14 +20,14 @@ from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.resize import resize
-from lpcam.evaluation.judge import THRESHOLDS, colour_bins, curves, step_of, verdict
+from lpcam.evaluation.judge import verdict
 from lpcam.hosts.base import folder_name
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context, FileOf, Given, one_network, required
 from lpcam.pipeline.run_folder import RESULTS, mask_path, refined_map_path
 from lpcam.pipeline.stages.classify import build_classifier
-from lpcam.pipeline.stages.judge import sampled
+from lpcam.pipeline.stages.judge import curves_of, sampled
 from lpcam.refine.base import (
     DECIDED,
     Job,
@@ -281,6 +282,7 @@ def _choose(context: Context, source: Source) -> Iterator[Task]:
     crf = section.label_crf.model_copy(update={"keep": KEEP})
     job = Job(section.model_copy(update={"method": "crf", "crf": crf}), source, lent)
     items = sampled(context, GATE_IMAGES)
+    places = {item.id: place for place, item in enumerate(items)}
     layers = list(context.early_layers)
     parts = {
         "revision": 1,
@@ -292,36 +294,32 @@ def _choose(context: Context, source: Source) -> Iterator[Task]:
 
     def work(result: Result) -> Output:
         refine = job.section.refinement.refiner(job, Path(), result.folder)
-        store = context.store(context.classifier) if layers else None
 
-        @torch.inference_mode()
-        def judge(item: Item) -> torch.Tensor:
+        def masks(item: Item) -> tuple[NDArray[np.uint8], list[torch.Tensor]]:
             found = _picture(context, item, source.folder)
-            early = None if store is None else store.early([item])[0].features[0]
-            seed = (found.planes.amax(0) > source.seed_threshold)[None]
-            after = (refine(found).amax(0) > DECIDED)[None]  # type: ignore[union-attr]
-            image = found.image.cpu().numpy()
-            step = step_of((image.shape[0], image.shape[1]))
-            sides = []
-            for mask in (seed.float().cpu(), after.float().cpu()):
-                told = curves(colour_bins(image[::step, ::step]), mask[:, ::step, ::step], early)
-                sides.append(torch.tensor([*told[:, 0].tolist(), float(mask.mean())]))
-            return torch.stack(sides)
+            after = refine(found)
+            assert isinstance(after, torch.Tensor)
+            seed = (found.planes.amax(0, keepdim=True) > source.seed_threshold).float()
+            refined = (after.amax(0, keepdim=True) > DECIDED).float()
+            shares[places[item.id]] = torch.stack([seed.mean(), refined.mean()]).cpu()
+            return found.image.cpu().numpy(), [seed, refined]
 
-        total = torch.zeros(2, 3, dtype=torch.float64)
-        for one in context.sharing.map(judge, context.sharing.mine(items)):
-            total += one
-        (colours, features, share), after = (context.processes.sum(total) / len(items)).tolist()
-        before = max(colours * math.sqrt(features), 1e-12)
-        gain = after[0] * math.sqrt(after[1]) / before
-        helps = gain >= GAIN and after[2] <= share
-        return {"method": "crf" if helps else "none", "gain": gain, "share": [share, after[2]]}
+        shares = torch.zeros(len(items), 2)
+        # all thresholds give the same masks
+        found = curves_of(context, items, masks, 2)[..., 0].mean(0)
+        before, after = (float(colours * features.sqrt()) for colours, features in found)
+        gain, share = after / max(before, 1e-12), context.processes.sum(shares).mean(0).tolist()
+        method = "crf" if gain >= GAIN and share[1] <= share[0] else "none"
+        return {"method": method, "gain": gain, "share": share}
 
     yield context.task(f"refine-choice/{source.name}", parts, [], work)
     found = context.results[f"refine-choice/{source.name}"].output
-    told = f"information x sqrt(variance explained) {found['gain']:.2f} times the seeds'"
-    told += " and foreground {:.3f} to {:.3f} of the pixels".format(*found["share"])
-    context.chose(f"refinement of {source.method}", found["method"], told)
+    context.chose(
+        f"refinement of {source.method}",
+        found["method"],
+        f"information x sqrt(variance explained) is {found['gain']:.2f} times that of the seeds, "
+        "the foreground {:.1%} of the pixels instead of {:.1%}".format(*reversed(found["share"])),
+    )
 
 
 def _judge(context: Context, job: Job) -> Iterator[Task]:
@@ -335,26 +333,16 @@ def _judge(context: Context, job: Job) -> Iterator[Task]:
 
     def work(result: Result) -> Output:
         refine = method.refiner(job, network, result.folder)
-        store = context.store(context.classifier) if layers else None
 
-        @torch.inference_mode()
-        def judge(place: int) -> tuple[int, torch.Tensor]:
-            found = _picture(context, items[place], source.folder)
+        def maps(item: Item) -> tuple[NDArray[np.uint8], list[torch.Tensor]]:
+            found = _picture(context, item, source.folder)
             output = refine(found)
-            maps = output[1] if isinstance(output, tuple) else output
-            early = None if store is None else store.early([items[place]])[0].features[0]
-            image = found.image.cpu().numpy()
-            step = step_of((image.shape[0], image.shape[1]))
-            colours = colour_bins(image[::step, ::step])
-            return place, curves(colours, maps.cpu()[:, ::step, ::step], early)
+            full = output[1] if isinstance(output, tuple) else output
+            return found.image.cpu().numpy(), [full]
 
-        mine = {item.id for item in context.sharing.mine(items)}
-        curve = torch.zeros(len(items), 2, len(THRESHOLDS), dtype=torch.float64)
-        places = [place for place, item in enumerate(items) if item.id in mine]
-        for place, one in context.sharing.map(judge, places):
-            curve[place] = one
+        found = curves_of(context, items, maps)[:, 0]
         shutil.rmtree(result.folder / "boundaries", ignore_errors=True)  # of these images alone
-        return verdict(context.processes.sum(curve)).as_json()
+        return verdict(found).as_json()
 
     yield context.task(f"judge/pseudo/{source.name}", parts, [], work)
     context.judge(title, context.results[f"judge/pseudo/{source.name}"].output)
