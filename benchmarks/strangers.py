@@ -64,9 +64,11 @@ def rows_of(folder: Path) -> Rows:
     for row in metrics["rows"]:
         key = "best" if row["threshold_source"] == "ground truth" else "chosen"
         found.setdefault(row["method"], {})[key] = row["miou"]
-    for method, verdict in metrics["verdicts"].items():
-        found[method]["information"] = verdict["information"]
-        found[method]["disagree"] = verdict["disagree"]
+    early = RunFolder(folder).early.parent / "stage.json"
+    for way in read_json(early)["output"]["ways"] if early.is_file() else ():
+        method = "LPCAM-E" if way["chosen"] else way["base"] if way["fusion"] == "none" else None
+        if method is not None:
+            found[method]["information"] = way["information"]
     return found
 
 

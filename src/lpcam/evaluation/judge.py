@@ -138,6 +138,7 @@ class Verdict:
 
 
 RULE = "automatic (colour information x variance of features explained; last within 5 %)"
+SHARE = "automatic (as much foreground as a CRF leaves of the seeds)"
 AGREEMENT = "automatic (best agreement with the masks of LPCAM-E)"
 
 

@@ -159,13 +159,14 @@ def _with_protocol(context: Context, method: Scored, row: Record) -> Record:
     if not method.hosted:
         shared.pop("host", None)
     by_truth = row["threshold_source"] == "ground truth"
+    verdict = context.verdicts.get(row["method"]) or context.verdicts.get(method.source, {})
     own = {
         "crf": method.crf,  # the masks that a host learns from are in the protocol's host
         "threshold": row["threshold"],
         "threshold_source": (
             "best mIoU on this split's truth, by a sweep of 0.00, 0.01, ... 0.99"
             if by_truth
-            else context.verdicts.get(method.source, {}).get("rule", FIXED)
+            else verdict.get("rule", FIXED)
         ),
     }
     return _row(context, method.stage, "evaluate", row, shared | own)

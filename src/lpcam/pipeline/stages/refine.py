@@ -20,7 +20,7 @@ from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import MapFile, map_path, read_maps, write_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.resize import resize
-from lpcam.evaluation.judge import verdict
+from lpcam.evaluation.judge import SHARE, THRESHOLDS
 from lpcam.hosts.base import folder_name
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.cache import Output, Record, Result, Task
@@ -278,9 +278,7 @@ def threshold(context: Context, section: RefineSection, source: Source) -> float
 
 def _choose(context: Context, source: Source) -> Iterator[Task]:
     """A task that finds out whether a CRF improves masks, by the judges on some images."""
-    section, lent = required(context.recipe.refine), tools(context)
-    crf = section.label_crf.model_copy(update={"keep": KEEP})
-    job = Job(section.model_copy(update={"method": "crf", "crf": crf}), source, lent)
+    job = _with_crf(Job(required(context.recipe.refine), source, tools(context)))
     items = sampled(context, GATE_IMAGES)
     places = {item.id: place for place, item in enumerate(items)}
     layers = list(context.early_layers)
@@ -322,30 +320,56 @@ def _choose(context: Context, source: Source) -> Iterator[Task]:
     )
 
 
-def _judge(context: Context, job: Job) -> Iterator[Task]:
-    """A task that chooses the threshold of refined maps, where that of the seeds was chosen."""
+def _cut(context: Context, job: Job) -> Iterator[Task]:
+    """A task that chooses the threshold of refined maps, where that of the seeds was chosen.
+
+    Their masks get as much foreground as the seeds have after a CRF, in the mean of some images.
+    """
     source, method, title = job.source, job.section.refinement, job.section.title(job.source.method)
     if source.method not in context.verdicts or not method.judged:
         return
-    items, layers = sampled(context, GATE_IMAGES), list(context.early_layers)
-    parts = {**_parts(context, job), "images": context.digest(items), "layers": layers}
+    items, cleaning = sampled(context, GATE_IMAGES), _with_crf(job)
+    parts = {
+        **_parts(context, job),
+        "images": context.digest(items),
+        "crf": cleaning.section.refinement.key(cleaning),
+    }
     network = context.folder.network(f"refine-network/{source.name}")
 
     def work(result: Result) -> Output:
         refine = method.refiner(job, network, result.folder)
+        clean = cleaning.section.refinement.refiner(cleaning, network, result.folder)
+        places = {item.id: place for place, item in enumerate(items)}
+        shares = torch.zeros(len(items), len(THRESHOLDS) + 1, dtype=torch.float64)
 
-        def maps(item: Item) -> tuple[NDArray[np.uint8], list[torch.Tensor]]:
+        @torch.inference_mode()
+        def measure(item: Item) -> None:
             found = _picture(context, item, source.folder)
-            output = refine(found)
-            full = output[1] if isinstance(output, tuple) else output
-            return found.image.cpu().numpy(), [full]
+            output, cleaned = refine(found), clean(found)
+            assert isinstance(cleaned, torch.Tensor)
+            best = (output[1] if isinstance(output, tuple) else output).amax(0).cpu()
+            own = [float((best > t).double().mean()) for t in THRESHOLDS]
+            wanted = float((cleaned.amax(0) > DECIDED).double().mean())
+            shares[places[item.id]] = torch.tensor([*own, wanted], dtype=torch.float64)
 
-        found = curves_of(context, items, maps)[:, 0]
+        for _ in context.sharing.map(measure, context.sharing.mine(items)):
+            pass
         shutil.rmtree(result.folder / "boundaries", ignore_errors=True)  # of these images alone
-        return verdict(found).as_json()
+        *own, wanted = context.processes.sum(shares).mean(0).tolist()
+        nearest = min(range(len(own)), key=lambda place: abs(own[place] - wanted))
+        return {"threshold": THRESHOLDS[nearest], "share": wanted, "rule": SHARE}
 
     yield context.task(f"judge/pseudo/{source.name}", parts, [], work)
-    context.judge(title, context.results[f"judge/pseudo/{source.name}"].output)
+    found = context.results[f"judge/pseudo/{source.name}"].output
+    context.verdicts[title] = found
+    reason = f"{found['share']:.1%} of the pixels are foreground, as after a CRF on the seeds"
+    context.chose(f"threshold of {title}", f"{found['threshold']:.2f}", reason)
+
+
+def _with_crf(job: Job) -> Job:
+    """The same maps, refined by the CRF that a run chooses from."""
+    crf = job.section.label_crf.model_copy(update={"keep": KEEP})
+    return replace(job, section=job.section.model_copy(update={"method": "crf", "crf": crf}))
 
 
 def _parts(context: Context, job: Job) -> Record:
@@ -369,7 +393,7 @@ def write_pseudo_masks(context: Context) -> Iterator[Task]:
         if required(context.recipe.refine).method == AUTO:
             yield from _choose(context, source)
         job = Job(chosen(context, source), source, tools(context))
-        yield from _judge(context, job)
+        yield from _cut(context, job)
         parts = {**_parts(context, job), "threshold": threshold(context, job.section, source)}
         yield context.image_task(
             f"pseudo/{source.name}",
