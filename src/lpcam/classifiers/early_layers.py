@@ -108,9 +108,7 @@ def _first(output: Any) -> Tensor:
     return output
 
 
-def readings(
-    names: Sequence[str], outputs: Sequence[Any], size: tuple[int, int]
-) -> list[MapLayer]:
+def readings(names: Sequence[str], outputs: Sequence[Any], size: tuple[int, int]) -> list[MapLayer]:
     """How outputs of layers for images (H, W) are read as maps: also channels last, or tokens.
 
     All maps of a model have one layout. ClassifierError if an output is no map.

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.classifiers.features import FeaturePair
+from lpcam.classifiers.features import FeaturePair, image_of
 from lpcam.data.resize import resize
 from lpcam.method.clustering import CosineKMeans
 from lpcam.method.functional import normalize, unflip, unit
@@ -145,6 +145,16 @@ class EarlyPrototypes:
         size = base.shape[-2], base.shape[-1]
         return fuse(base, self.combined(layers, classes, size).to(base), self.fusion)
 
+    def batch(
+        self, bases: Sequence[Tensor], layers: Sequence[FeaturePair], classes: Sequence[list[int]]
+    ) -> list[Tensor]:
+        """As :meth:`maps`, of each image of a batch, from features (B, C, h, w)."""
+        pairs = zip(bases, classes, strict=True)
+        return [
+            self.maps(base, [image_of(pair, place) for pair in layers], own)
+            for place, (base, own) in enumerate(pairs)
+        ]
+
     def tensors(self) -> dict[str, Tensor]:
         """The centres by name, for a file."""
         parts = {"mean": self.means, "foreground": self.foreground, "context": self.context}
@@ -176,12 +186,23 @@ class EarlyPrototypes:
         if metadata.pop("kind", None) != "early prototypes":
             raise ArtefactError(f"{path} holds no early prototypes; run the stage 'early' again")
         found = cls.of_file(tensors, metadata)
-        if found.fingerprint != fingerprint:
+        found.check_fingerprint(fingerprint, str(path))
+        return found
+
+    def check_fingerprint(self, fingerprint: str, where: str) -> None:
+        """Raise PrototypeError if they are of another classifier than that of a place."""
+        if self.fingerprint != fingerprint:
             raise PrototypeError(
-                f"the early prototypes of {path} are of the classifier {found.fingerprint}, but "
+                f"the early prototypes of {where} are of the classifier {self.fingerprint}, but "
                 f"this one is {fingerprint}; fit them again, or load the other classifier"
             )
-        return found
+
+
+def method_name(early: EarlyPrototypes | None, *, with_context: bool) -> str:
+    """Name of the maps of prototypes, for provenance."""
+    if early is not None:
+        return "LPCAM-E"
+    return "LPCAM" if with_context else "LPCAM-F"
 
 
 def mean_features(images: Iterable[EarlyImage]) -> tuple[Tensor, ...]:
