@@ -170,8 +170,8 @@ class RunFolder:
             "threshold": self._threshold(recipe, method),
             "cam_threshold": self._threshold(recipe, "CAM"),
         }
-        if scales := self._parts("cam").get("scales"):  # which the recipe may leave to the run
-            values["scales"] = tuple(scales)
+        if "scales" in recipe.lpcam.automatic and (made := self._parts("cam")):
+            values["scales"] = tuple(made["scales"])
         trained = self._parts("classifier").get("method", recipe.classifier.method)
         probe, long_side = recipe.classifier.probe, recipe.classifier.finetune.long_side
         return Explainer(
