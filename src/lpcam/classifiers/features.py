@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -77,14 +77,14 @@ def tapped_pyramid(
     scales: Sequence[float],
     layers: Sequence[str],
     size: tuple[int, int],
-) -> tuple[list[FeaturePair], list[FeaturePair]]:
+) -> tuple[Iterable[FeaturePair], list[FeaturePair]]:
     """Features at each scale, and those of early layers at scale 1, of a batch of images (H, W).
 
     ``pyramid`` gives the features at some scales, each by one pass, which gives the early layers
     too. Scale 1 is added for them where it is missing. Hooks are removed afterwards.
     """
     if not layers:
-        return list(pyramid(scales)), []
+        return pyramid(scales), []  # one at a time
     pairs, early, wanted = [], list[FeaturePair](), with_scale_one(scales)
     with tapped(layered(source), layers) as tap:
         for scale, pair in zip(wanted, pyramid(wanted), strict=True):

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lpcam.classifiers.features import FeaturePair, image_of
+from lpcam.classifiers.features import FeaturePair
 from lpcam.data.resize import resize
 from lpcam.method.clustering import CosineKMeans
 from lpcam.method.functional import normalize, unflip, unit
@@ -144,16 +144,6 @@ class EarlyPrototypes:
             return base
         size = base.shape[-2], base.shape[-1]
         return fuse(base, self.combined(layers, classes, size).to(base), self.fusion)
-
-    def batch(
-        self, bases: Sequence[Tensor], layers: Sequence[FeaturePair], classes: Sequence[list[int]]
-    ) -> list[Tensor]:
-        """As :meth:`maps`, of each image of a batch, from features (B, C, h, w)."""
-        pairs = zip(bases, classes, strict=True)
-        return [
-            self.maps(base, [image_of(pair, place) for pair in layers], own)
-            for place, (base, own) in enumerate(pairs)
-        ]
 
     def tensors(self) -> dict[str, Tensor]:
         """The centres by name, for a file."""

@@ -7,6 +7,7 @@ import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
@@ -217,7 +218,9 @@ class CAM:
             else:
                 found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
             if self._early is not None:
-                found = self._early.batch(found, early, chosen)
+                for place, classes in enumerate(chosen):
+                    layers = [image_of(pair, place) for pair in early]
+                    found[place] = self._early.maps(found[place], layers, classes)
         found = [maps.to(images.device) for maps in found]
         if present:
             indices = [torch.tensor(c, dtype=torch.int64, device=images.device) for c in chosen]
@@ -233,13 +236,8 @@ class CAM:
         """Features at each scale, and of early layers (those fitted, or these) at scale 1."""
         source, own, blocks = self.source_, self.settings_, self.attention_blocks
         layers = layers if self._early is None else self._early.layers
-        images = images.to(source.device)
-
-        def pyramid(scales: Sequence[float]) -> Iterator[FeaturePair]:
-            return attended_pyramid(source, images, scales, flip=own.flip, blocks=blocks)
-
-        if not layers:  # one scale at a time
-            return pyramid(own.scales), []
+        given = source, images.to(source.device)
+        pyramid = partial(attended_pyramid, *given, flip=own.flip, blocks=blocks)
         return tapped_pyramid(source, pyramid, own.scales, layers, _size(images))
 
     def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
@@ -431,12 +429,9 @@ class LPCAM(CAM):
         for given, own_labels in read_batches(loader):
             images = read_images(given, self.source_.channels_in)
             labels = read_labels(own_labels, len(images), self.source_.classes)
-            taken = []
-            for place, classes in enumerate(labels, start=number):
-                chances = [share / max(1, self._counts[index]) for index in classes]
-                # by its number, so that the order in which batches are made does not matter
-                if max(chances, default=0) > random.Random(f"{seed}/{place}").random():
-                    taken.append(place - number)
+            draws = [random.Random(f"{seed}/{number + n}").random() for n in range(len(labels))]
+            rarest = [min((self._counts[index] for index in c), default=0) for c in labels]
+            taken = [n for n, count in enumerate(rarest) if count and draws[n] * count < share]
             number += len(images)
             if not taken or room < 0:
                 continue

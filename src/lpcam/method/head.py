@@ -132,10 +132,10 @@ class LPCAMHead(nn.Module):
         # float32: in half precision the squares would overflow
         wide = torch.promote_types(features.dtype, torch.float32)
         norm = torch.linalg.vector_norm(features, dim=1, keepdim=True, dtype=wide)
-        unit = (features / norm.clamp_min(NORM_EPSILON)).to(features.dtype)
-        maps = F.conv2d(unit, self.vectors[:, :, None, None]).relu()
+        unit, rows = (features / norm.clamp_min(NORM_EPSILON)).to(features.dtype), self.vectors
         if self._described is not None and self._described["base"] == "CAM":
-            maps = F.conv2d(features, self.weight[:, :, None, None]).relu()
+            unit, rows = features, self.weight
+        maps = F.conv2d(unit, rows[:, :, None, None]).relu()
         if size is None:
             return maps
         height, width = size
