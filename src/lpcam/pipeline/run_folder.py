@@ -201,9 +201,10 @@ class RunFolder:
 
     def _threshold(self, recipe: Recipe, method: Method) -> float:
         """Threshold of the maps of a method: the judge's where the recipe leaves it to it."""
-        judged = "judge/" + method.lower().replace("-", "_")
-        found = self._parts("early" if method == "LPCAM-E" else judged, "output")
-        if not recipe.chooses_threshold(method) or not found:
+        names = [f"{kind}/{RESULTS[method]}" for kind in ("agreement", "judge")]  # the last first
+        names = ["early"] if method == "LPCAM-E" else names
+        found = next(filter(None, (self._parts(name, "output") for name in names)), None)
+        if not recipe.chooses_threshold(method) or found is None:
             return recipe.fixed_threshold(method)
         return float(found.get("verdict", found)["threshold"])
 
