@@ -19,7 +19,7 @@ from lpcam.runtime.errors import ClassifierError
 COUNT = 2  #: Early layers: the last of the usual strides 8 and 16.
 SIDE = 224  #: Side, in pixels, of the image that shows the outputs of a model's layers.
 MOST_PREFIX = 16  #: Largest number of tokens, of class and registers, before those of places.
-MOST_MISSHAPE = 1.0  #: Of the grid of a map, which is rounded, and an image's sides.
+MOST_MISSHAPE = 3.0  #: Of the grid of a map, which may be one cell high, and an image's sides.
 
 
 def early_layers(

@@ -42,7 +42,7 @@ from lpcam.method.batches import (
     read_images,
     read_labels,
 )
-from lpcam.method.early import Base, EarlyImage, EarlyPrototypes, fit_early
+from lpcam.method.early import IMAGES_PER_CLASS, Base, EarlyImage, EarlyPrototypes, fit_early
 from lpcam.method.functional import cam_of_pair, fuse_scales, lpcam_of_pair, zeros_on_demand
 from lpcam.method.multi_scale import OfPair, maps_of, present_maps, single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
@@ -62,7 +62,6 @@ PRESET = "voc12.official"
 HEAD = "head.weight"  #: Name of the rows of a new head in a file of prototypes.
 SAMPLE = "reservoir."  #: Start of the names of local features in a file of prototypes.
 EARLY = "early"  #: Start of the names of early prototypes in a file, and of their description.
-EARLY_PER_CLASS = 25  #: Least number of images of a class that early layers are fitted to.
 EARLY_MEMORY = 2**31  #: Bytes of early layers' features that are kept to fit them.
 
 
@@ -422,10 +421,10 @@ class LPCAM(CAM):
         own = self.early if isinstance(self.early, EarlySettings) else self.settings_.early
         settings, seed = own or EarlySettings(), self.prototypes_.made_by["random_state"]
         base: Base = "CAM" if settings.base == "CAM" else "LPCAM"
-        share = max(settings.images / max(1, len(self._counts)), EARLY_PER_CLASS)
+        share = max(settings.images / max(1, len(self._counts)), IMAGES_PER_CLASS)
         of_pair, rows, epsilon = CAM._rule(self, None) if base == "CAM" else self._rule(None)
         kept: list[EarlyImage] = []
-        number, room = 0, EARLY_MEMORY
+        number, room, most = 0, EARLY_MEMORY, torch.finfo(self.dtype).max
         for given, own_labels in read_batches(loader):
             images = read_images(given, self.source_.channels_in)
             labels = read_labels(own_labels, len(images), self.source_.classes)
@@ -438,23 +437,16 @@ class LPCAM(CAM):
             chosen = [labels[place] for place in taken]
             with full_precision(self.source_.device):
                 pairs, early = self._pairs(images[taken], layers)
-                size = _size(images)
-                maps = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
+                maps = present_maps(of_pair, pairs, rows, chosen, _size(images), epsilon=epsilon)
             for place, (classes, of_image) in enumerate(zip(chosen, maps, strict=True)):
-                features = [pair.features[place].half().cpu() for pair in early]
+                views = [pair.features[place].clamp(-most, most) for pair in early]
+                features = [view.to(self.dtype).cpu() for view in views]
                 # pooled as it will be; nothing is judged, so colours are not kept
                 small = F.adaptive_avg_pool2d(of_image.float(), _size(features[0])).cpu()
                 kept.append(EarlyImage(classes, features, {base: small}, torch.empty(0)))
                 room -= sum(one.nbytes for one in (*features, small))
-        found = fit_early(
-            kept,
-            self.source_.classes,
-            layers,
-            settings,
-            seed=seed,
-            base=base,
-            fingerprint=self._fingerprint,
-        )[-1]
+        own_key: dict[str, Any] = {"base": base, "fingerprint": self._fingerprint}
+        *_, found = fit_early(kept, self.source_.classes, layers, settings, seed=seed, **own_key)
         return replace(found, fusion="fused" if settings.fusion == "auto" else settings.fusion)
 
     def partial_fit(self, images: Any, labels: Any) -> Self:
@@ -581,7 +573,6 @@ class LPCAM(CAM):
         from lpcam.method import image_maps as drawn  # noqa: PLC0415 - imports what draws
 
         vectors, source, settings = self._vectors(), self.source_, self.settings_
-        made_by = {"fingerprint": source.fingerprint(), "preset": settings.preset}
         images = image[None].to(source.device)
         with full_precision(source.device):
             logits = source(images) if isinstance(source, Classifier) else source.logits(images)
@@ -601,7 +592,7 @@ class LPCAM(CAM):
                 layers=[image_of(pair) for pair in early],
                 image=picture,
                 name=name,
-                made_by=made_by,
+                made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
             )
 
     def save(self, path: str | Path, *, reservoir: bool = False) -> None:

@@ -13,6 +13,7 @@ from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.resize import quarter_size, resize
 from lpcam.evaluation.judge import choose
 from lpcam.method.early import (
+    IMAGES_PER_CLASS,
     Base,
     EarlyImage,
     EarlyPrototypes,
@@ -30,7 +31,6 @@ from lpcam.runtime.files import digest_file
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 
-IMAGES_PER_CLASS = 25
 BASES: tuple[Base, Base] = ("LPCAM", "CAM")  #: The simpler to prefer first.
 
 
