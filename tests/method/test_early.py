@@ -50,8 +50,8 @@ def scene(number: int, classes: tuple[int, ...] = (0,)) -> tuple[EarlyImage, Ten
     fine = torch.where(inside, texture[:, None, None], torch.tensor([0.0, 0.0, 3.0])[:, None, None])
     fine = fine + 0.3 * torch.randn(3, *SIZE, generator=generator)
     coarse = torch.nn.functional.avg_pool2d(fine, 2)
-    base = torch.nn.functional.avg_pool2d(inside[None].float(), 11, 1, 5)
-    base = base / base.max()
+    wide = torch.nn.functional.max_pool2d(inside[None].float(), 7, 1, 3)
+    base = torch.nn.functional.avg_pool2d(wide, 7, 1, 3, count_include_pad=False)
     image = EarlyImage(classes, [fine, coarse], {"LPCAM": base, "CAM": base}, torch.empty(0))
     return image, inside
 
@@ -132,7 +132,7 @@ def test_the_mean_is_over_all_places_of_all_images() -> None:
 def test_the_early_layers_have_sharp_edges() -> None:
     """Those of the square, which the base does not have."""
     found = replace(fitted([scene(number)[0] for number in range(6)])[-1], fusion="alone")
-    for image, inside in (scene(7), scene(11)):
+    for image, inside in (scene(8), scene(10)):
         base = image.bases["LPCAM"]
         maps = found.maps(base, [FeaturePair(one, None) for one in image.layers], [0])
         assert maps.max() == 1

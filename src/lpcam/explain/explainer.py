@@ -32,7 +32,7 @@ from lpcam.data.images import (
 )
 from lpcam.method.batches import class_indices
 from lpcam.method.early import EarlyPrototypes, method_name
-from lpcam.method.extractors import CAM, LPCAM
+from lpcam.method.extractors import CAM, EARLY, LPCAM
 from lpcam.method.image_maps import MOST_MASK_VALUES, ImageMaps, Scoring, class_scores, descending
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
@@ -44,7 +44,7 @@ from lpcam.runtime.errors import (
     ImageError,
     PrototypeError,
 )
-from lpcam.runtime.files import digest_file, printable
+from lpcam.runtime.files import digest_file, printable, read_tensors
 from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
 
@@ -193,11 +193,14 @@ class Explainer:
             classifier = Classifier.load(Path(model))
         else:
             classifier = timm_classifier(str(model), weights=weights)
+        tensors, metadata = read_tensors(Path(prototypes))
+        early = EarlyPrototypes.of_file(tensors, metadata[EARLY]) if EARLY in metadata else None
         return cls(
             classifier.to(choose_device(device)),
             Prototypes.load(Path(prototypes), fingerprint=classifier.fingerprint()),
             preset,
             scoring=scoring or ("sigmoid" if from_file else "softmax"),
+            early=early,
             made_by={"model": Path(model).name, "prototypes": digest_file(Path(prototypes))},
         )
 
