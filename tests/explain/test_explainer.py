@@ -393,9 +393,11 @@ def test_a_run_explains_by_the_method_and_the_thresholds_of_its_recipe(
 def test_a_fitted_lpcam_brings_its_early_layers(
     image: np.ndarray, of_timm: bool, tmp_path: Path
 ) -> None:
-    backbone = timm.create_model(BACKBONE, num_classes=2 if of_timm else 0, zero_init_last=False)
+    count = 2 if of_timm else 0
+    backbone = timm.create_model(BACKBONE, num_classes=count, zero_init_last=False)
     plain = Preprocessing((0.5,) * 3, (0.5,) * 3)
-    model = backbone.eval() if of_timm else Classifier(backbone, ("a", "b"), plain)
+    own = Classifier(backbone, ("a", "b"), plain, BackboneSpec(BACKBONE, {}))
+    model = backbone.eval() if of_timm else own
     settings = LpcamSettings.from_preset("voc12.official", scales=[0.5], mu_f=0.3)
     batches = [(torch.rand(4, 3, 64, 96), torch.eye(2).repeat(2, 1))]
     early = EarlySettings(clusters=3, nearest=2)
@@ -407,7 +409,6 @@ def test_a_fitted_lpcam_brings_its_early_layers(
     assert maps.made_by["method"] == "LPCAM-E"
     assert not any(module._forward_hooks for module in backbone.modules())
     if not of_timm:
-        model.spec = BackboneSpec(BACKBONE, {})
         files = tmp_path / "c.safetensors", tmp_path / "p.safetensors"
         model.save(files[0])
         lpcam.save(files[1])
