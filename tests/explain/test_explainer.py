@@ -2,24 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import save_file
-from tiny import BACKBONE, COLOURS, draw_image
+from tiny import BACKBONE, COLOURS, draw_folder, draw_image, recipe_values, write_weights
 from torch import nn
 
 from lpcam import CAM, LPCAM
-from lpcam.classifiers.classifier import BackboneSpec, Classifier, build, timm_classifier
+from lpcam.classifiers.classifier import (
+    BackboneSpec,
+    Classifier,
+    Preprocessing,
+    build,
+    timm_classifier,
+)
+from lpcam.data.map_files import read_maps
 from lpcam.explain.explainer import Explainer
 from lpcam.method.prototypes import Prototypes
-from lpcam.method.settings import LpcamSettings
+from lpcam.method.settings import EarlySettings, LpcamSettings
+from lpcam.pipeline.recipe import load_recipe, parse_recipe
+from lpcam.pipeline.run import run as go_on
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.errors import (
     ArtefactError,
@@ -64,10 +76,6 @@ def test_maps_are_those_of_the_extractors(run: Path, image: np.ndarray) -> None:
 
 def test_a_runs_own_image_gets_the_runs_own_maps(run: Path, explainer: Explainer) -> None:
     """But for the run's rounding of features to half precision and of maps to 8 bits."""
-    from lpcam.data.map_files import read_maps  # noqa: PLC0415
-    from lpcam.pipeline.recipe import load_recipe  # noqa: PLC0415
-    from lpcam.pipeline.run import run as go_on  # noqa: PLC0415
-
     recipe = load_recipe(run / "recipe.yaml")
     go_on(recipe, until="lpcam")
     kept = read_maps(run / "lpcam" / "i00.npz")
@@ -325,3 +333,87 @@ def test_a_run_whose_seeds_are_lpcam_f_gives_its_own_threshold(run: Path, tmp_pa
     explainer = RunFolder(copy).explainer(device="cpu")
     assert explainer.settings.cam_threshold == 0.68
     assert explainer.settings.threshold != 0.68
+
+
+@pytest.fixture(scope="module")
+def adaptive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose scales and thresholds are chosen, as far as its seeds."""
+    folder = tmp_path_factory.mktemp("adaptive")
+    data, weights = draw_folder(folder / "boxes"), write_weights(folder / "tiny.safetensors")
+    values = recipe_values(data, folder / "run", weights)
+    chosen = {"preset": "adaptive", "clusters": 3, "max_features": 60, "context_lower": 0.0}
+    early = {"clusters": 4, "nearest": 2}
+    values["lpcam"] = {**chosen, "early": {**early, "base": "CAM", "fusion": "alone"}}
+    values["maps"]["dtype"] = "float16"
+    go_on(parse_recipe(values, where="tiny"), until="evaluate")
+    return folder / "run"
+
+
+def test_a_run_with_early_layers_gives_its_own_maps_and_thresholds(adaptive: Path) -> None:
+    explain = RunFolder(adaptive).explainer(device="cpu")
+    scales = json.loads((adaptive / "cam" / "stage.json").read_text())["parts"]["scales"]
+    assert list(explain.settings.scales) == scales
+    assert scales != list(LpcamSettings.from_preset("adaptive").scales)
+    verdicts = json.loads((adaptive / "metrics.json").read_text())["verdicts"]
+    assert explain.settings.threshold == verdicts["LPCAM-E"]["threshold"]
+    assert explain.settings.cam_threshold == verdicts["CAM"]["threshold"]
+    recipe = load_recipe(adaptive / "recipe.yaml")
+    for name in ("i00", "i01"):
+        kept = {way: read_maps(adaptive / way / f"{name}.npz") for way in ("cam", "lpcam_e")}
+        labels = [explain.classes[key] for key in kept["cam"].keys]
+        maps = explain(recipe.data.root / "images" / f"{name}.png", labels=labels)
+        np.testing.assert_allclose(maps.cam, kept["cam"].high_res, atol=0.01)
+        np.testing.assert_allclose(maps.lpcam, kept["lpcam_e"].high_res, atol=0.01)
+        assert maps.made_by["method"] == "LPCAM-E"
+        assert not np.allclose(maps.lpcam, maps.cam, atol=0.1)
+
+
+def test_a_run_explains_by_the_method_and_the_thresholds_of_its_recipe(
+    adaptive: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(adaptive, tmp_path / "run")
+    values = yaml.safe_load((run / "recipe.yaml").read_text())
+    values["seeds"]["method"] = "LPCAM"
+    values["lpcam"]["cam_threshold"] = 0.123
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    explain = RunFolder(run).explainer(device="cpu")
+    assert explain.early is None
+    assert explain.made_by["method"] == "LPCAM"
+    verdicts = json.loads((run / "metrics.json").read_text())["verdicts"]
+    assert explain.settings.threshold == verdicts["LPCAM"]["threshold"]
+    assert explain.settings.cam_threshold == 0.123
+    values["seeds"]["method"] = "LPCAM-E"
+    (run / "recipe.yaml").write_text(yaml.safe_dump(values))
+    RunFolder(run).early.unlink()
+    with pytest.raises(ArtefactError, match="early"):
+        RunFolder(run).explainer(device="cpu")
+
+
+@pytest.mark.parametrize("of_timm", [False, True])
+def test_a_fitted_lpcam_brings_its_early_layers(
+    image: np.ndarray, of_timm: bool, tmp_path: Path
+) -> None:
+    count = 2 if of_timm else 0
+    backbone = timm.create_model(BACKBONE, num_classes=count, zero_init_last=False)
+    plain = Preprocessing((0.5,) * 3, (0.5,) * 3)
+    own = Classifier(backbone, ("a", "b"), plain, BackboneSpec(BACKBONE, {}))
+    model = backbone.eval() if of_timm else own
+    settings = LpcamSettings.from_preset("voc12.official", scales=[0.5], mu_f=0.3)
+    batches = [(torch.rand(4, 3, 64, 96), torch.eye(2).repeat(2, 1))]
+    early = EarlySettings(clusters=3, nearest=2)
+    lpcam = LPCAM(model, settings, early=early).fit(batches)
+    explain = Explainer(lpcam, preprocessing=plain)
+    maps = explain(image, labels=[explain.classes[1]])
+    expected = lpcam(plain(image)[None])[0, 1].numpy()
+    np.testing.assert_allclose(maps.lpcam[0], expected, atol=0.02)  # of resized images
+    assert maps.made_by["method"] == "LPCAM-E"
+    assert not any(module._forward_hooks for module in backbone.modules())
+    if not of_timm:
+        files = tmp_path / "c.safetensors", tmp_path / "p.safetensors"
+        model.save(files[0])
+        lpcam.save(files[1])
+        again = Explainer.from_files(*files, device="cpu")(image, labels=["b"])
+        np.testing.assert_allclose(again.lpcam, maps.lpcam, atol=1e-5)
+    other = dataclasses.replace(lpcam.early_, fingerprint="other")
+    with pytest.raises(PrototypeError, match="other"):
+        Explainer(model, lpcam.prototypes_, early=other)

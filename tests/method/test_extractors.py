@@ -6,26 +6,29 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
+import timm
 import torch
-from tiny import RED_AND_GREEN, Patches, headed, picture
+from tiny import RED_AND_GREEN, Patches, headed, picture, state_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lpcam import CAM, LPCAM
 from lpcam.classifiers.classifier import Classifier, Preprocessing
+from lpcam.classifiers.early_layers import early_layers, tapped
 from lpcam.classifiers.feature_store import image_pyramid
-from lpcam.classifiers.features import tensor_pyramid
+from lpcam.classifiers.features import FeaturePair, tensor_pyramid
 from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
+from lpcam.method.early import EarlyImage, EarlyPrototypes, fit_early
 from lpcam.method.functional import class_activation, normalize
 from lpcam.method.head import LPCAMHead
 from lpcam.method.reservoir import Reservoir, collect
-from lpcam.method.settings import LpcamSettings
+from lpcam.method.settings import EarlySettings, LpcamSettings
 from lpcam.runtime.errors import (
     ArtefactError,
     ClassifierError,
@@ -537,3 +540,148 @@ def test_clones(classifier: Classifier, batch: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(NotFittedError):
         twin.prototypes_  # noqa: B018
     assert torch.equal(twin.fit([batch])(batch[0]), lpcam(batch[0]))
+
+
+EARLY = EarlySettings(clusters=3, nearest=2)
+
+
+def convolutional(classes: int = 2) -> nn.Module:
+    """A network of three levels, whose early layers are layer2 and layer3."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = timm.create_model("test_resnet", num_classes=classes, zero_init_last=False)
+    return model.eval()
+
+
+def squares(count: int = 6) -> list[tuple[Tensor, Tensor]]:
+    """Batches of two images, red and green, unlike each other."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.stack([picture(0.9, 0.1), picture(0.1, 0.9)]).repeat(count // 2, 1, 1, 1)
+    images = images + 0.1 * torch.randn(images.shape, generator=generator)
+    return [(images[n : n + 2], torch.eye(2)) for n in range(0, count, 2)]
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("base", ["CAM", "LPCAM"])
+def test_early_layers_sharpen_the_maps_of_a_pass(base: Literal["CAM", "LPCAM"], flip: bool) -> None:
+    model, batches = convolutional(), squares()
+    settings = SETTINGS.fixed(scales=(0.5, 1.0), flip=flip)
+    before = state_of(model)
+    lpcam = LPCAM(model, settings, early=EARLY.model_copy(update={"base": base})).fit(batches)
+    images, labels = batches[1]
+    found = lpcam(images, labels)
+    assert state_of(model) == before
+    own = lpcam.early_
+    assert own is not None
+    assert (own.base, own.fusion, own.layers) == (base, "fused", early_layers(model))
+    plain = {"CAM": CAM(model, settings), "LPCAM": LPCAM(model, settings).fit(batches)}[base]
+    bases, views = plain(images, labels), [images, images.flip(-1)]
+    with tapped(model, own.layers) as tap, torch.no_grad():
+        passes = [model(view) is not None and tap.take((64, 96)) for view in views]
+    for place in range(2):
+        pairs = [
+            FeaturePair(one[place], other[place] if flip else None)
+            for one, other in zip(*passes, strict=True)
+        ]
+        expected = own.maps(bases[place, place][None], pairs, [place])
+        torch.testing.assert_close(found[place, place], expected[0], atol=1e-5, rtol=0)
+        assert not torch.equal(found[place, place], bases[place, place])
+    every, present = lpcam(images), lpcam(images, labels, present=True)
+    for place, (indices, maps) in enumerate(present):
+        assert indices.tolist() == [place]
+        torch.testing.assert_close(maps[0], found[place, place])
+        torch.testing.assert_close(every[place, place], found[place, place])
+    shown = (images[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
+    drawn = lpcam.image_maps(images[0], shown, ["class 0"])
+    np.testing.assert_allclose(drawn.lpcam[0], found[0, 0], atol=1e-5)
+
+
+def test_early_layers_without_scale_one() -> None:
+    """The pass at scale 1 is added, and is not among the maps."""
+    model, batches = convolutional(), squares()
+    how = {"early": EARLY.model_copy(update={"fusion": "none"})}
+    settings = SETTINGS.fixed(scales=(0.5,))
+    lpcam = LPCAM(model, settings, **how).fit(batches)
+    plain = LPCAM(model, settings).fit(batches)
+    assert torch.equal(lpcam(*batches[0]), plain(*batches[0]))
+
+
+def test_early_layers_of_a_classifier_and_of_a_new_head(classifier: Classifier) -> None:
+    batches = squares()
+    backbone = timm.create_model("test_resnet", num_classes=0, zero_init_last=False)
+    whole = Classifier(backbone, ("red", "green"), Preprocessing((0.0,) * 3, (1.0,) * 3))
+    bare = LPCAM(backbone, SETTINGS, classes=("red", "green"), early=True)
+    for lpcam in (LPCAM(whole, SETTINGS, early=True), bare):
+        maps = lpcam.fit(batches)(*batches[0])
+        assert maps[0, 0].max() == 1
+        assert lpcam.early_ is not None
+        assert lpcam.early_.layers == early_layers(backbone)
+        assert not any(module._forward_hooks for module in backbone.modules())
+    with pytest.raises(ClassifierError, match="early"):
+        LPCAM(classifier, SETTINGS, early=True).fit(batches)  # patches have no early layers
+
+
+def test_early_prototypes_are_saved_with_the_others(tmp_path: Path) -> None:
+    model, batches, path = convolutional(), squares(), tmp_path / "p.safetensors"
+    lpcam = LPCAM(model, SETTINGS, early=EARLY).fit(batches)
+    lpcam.save(path)
+    for early in (False, True):  # the file says how the maps are made
+        again = LPCAM(model, SETTINGS, early=early).load(path)
+        assert torch.equal(again(*batches[0]), lpcam(*batches[0]))
+    assert again.early_ is not None
+    assert again.early_.described() == lpcam.early_.described()  # type: ignore[union-attr]
+    with pytest.raises(PrototypeError, match="partial_fit"):
+        LPCAM(model, SETTINGS).load(path).partial_fit(*batches[0])
+    with pytest.raises(PrototypeError, match="but this classifier is"):
+        LPCAM(headed(), SETTINGS).load(path)
+    LPCAM(model, SETTINGS).fit(batches).save(path)
+    with pytest.raises(PrototypeError, match=re.escape(str(path))):
+        LPCAM(model, SETTINGS, early=True).load(path)
+
+
+def test_early_layers_need_all_images_twice() -> None:
+    model, batches = convolutional(), squares()
+    lpcam = LPCAM(model, SETTINGS, early=EARLY)
+    with pytest.raises(PrototypeError, match="partial_fit"):
+        lpcam.partial_fit(*batches[0])
+    with pytest.raises(ClassifierError, match="iterator"):
+        lpcam.fit(iter(batches))
+    *_, (_, _, maps) = lpcam.fit_maps(batches)
+    assert torch.equal(maps, lpcam(*batches[-1]))
+    assert "early=EarlySettings(" in repr(lpcam)
+    assert lpcam.get_params()["early"] == EARLY
+    with pytest.raises(NotFittedError):
+        lpcam.set_params(early=False)(*batches[0])
+    assert lpcam.fit(batches).early_ is None
+
+
+def test_some_images_of_each_class_show_the_early_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same ones for any batches; all images of a rare class."""
+    model, ((images, _), *_) = convolutional(), squares(2)
+    which = [0] * 70 + [1] * 4
+    images = images[which] + torch.linspace(0, 0.2, 74)[:, None, None, None]
+    kept: list[list[EarlyImage]] = []
+
+    def note(given: list[EarlyImage], *args: Any, **options: Any) -> list[EarlyPrototypes]:
+        kept.append(given)
+        return fit_early(given, *args, **options)
+
+    monkeypatch.setattr("lpcam.method.extractors.fit_early", note)
+    some = EARLY.model_copy(update={"images": 10})
+    for size in (74, 7):
+        batches = [(images[n : n + size], which[n : n + size]) for n in range(0, 74, size)]
+        LPCAM(model, SETTINGS.fixed(scales=(1.0,)), early=some).fit(batches)
+    counts = [sum(one.classes == [index] for one in kept[0]) for index in range(2)]
+    assert 15 <= counts[0] <= 35  # 25 are expected of 70
+    assert counts[1] == 4
+    assert len(kept[0]) == len(kept[1])
+    for one, other in zip(*kept, strict=True):
+        torch.testing.assert_close(one.layers[0], other.layers[0], atol=1e-2, rtol=0)
+        assert one.bases["LPCAM"].shape[1:] == one.layers[0].shape[1:]
+    monkeypatch.setattr("lpcam.method.extractors.EARLY_MEMORY", 0)
+    LPCAM(model, SETTINGS.fixed(scales=(1.0,)), early=some).fit([(images, which)])
+    assert len(kept[2]) == len(kept[0])  # a batch that was begun is kept
+    LPCAM(model, SETTINGS.fixed(scales=(1.0,)), early=some).fit(batches)
+    assert 0 < len(kept[3]) <= 7

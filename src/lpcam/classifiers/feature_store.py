@@ -145,10 +145,9 @@ class FeatureStore:
         how: dict[str, Any] = {"flip": self.flip, "precision": self.precision}
         (pair,) = image_pyramid(self.classifier, images, (scale,), **how)
         stacked = torch.stack([part.to(self.dtype) for part in pair if part is not None], dim=1)
-        maps = [] if self._tap is None else self._tap.take(images.shape[1:3])
-        for name, values in zip(self._tap.layers if self._tap else (), maps, strict=True):
-            if scale != 1.0:
-                break
+        tap = self._tap if scale == 1.0 else None
+        maps = [] if tap is None else tap.take(images.shape[1:3])
+        for name, values in zip(tap.layers if tap else (), maps, strict=True):
             sides = (
                 values.to(self.dtype).reshape(-1, len(images), *values.shape[1:]).transpose(0, 1)
             )

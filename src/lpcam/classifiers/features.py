@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.early_layers import SIDE, early_layers, tapped
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import ClassifierError, PrototypeError
@@ -26,6 +27,11 @@ class FeaturePair(NamedTuple):
     features: Tensor  #: (..., C, h, w)
     mirrored: Tensor | None  #: (..., C, h, w), or None without flip
     attention: Tensor | None = None  #: (..., h * w, h * w) that spreads maps, or None
+
+
+def image_of(pair: FeaturePair, place: int = 0) -> FeaturePair:
+    """The features (C, h, w) of one image of a batch."""
+    return FeaturePair._make(None if part is None else part[place] for part in pair)
 
 
 def tensor_pyramid(
@@ -52,6 +58,49 @@ def tensor_pyramid(
                 f"at scale {scale:g} ({size[0]} x {size[1]}): {error}; leave the scale out of "
                 "settings.scales"
             ) from error
+
+
+def layered(source: Source) -> nn.Module:
+    """The module whose layers are named: a classifier's backbone, or a wrapped model."""
+    return source.backbone if isinstance(source, Classifier) else source.core
+
+
+def early_layers_of(source: Source) -> tuple[str, ...]:
+    """Names of the early layers of a source, as :func:`early_layers`."""
+    size = source.probe_size if isinstance(source, WrappedModel) else (SIDE, SIDE)
+    return early_layers(layered(source), size, source.channels_in)
+
+
+def tapped_pyramid(
+    source: Source,
+    pyramid: Callable[[Sequence[float]], Iterator[FeaturePair]],
+    scales: Sequence[float],
+    layers: Sequence[str],
+    size: tuple[int, int],
+) -> tuple[Iterable[FeaturePair], list[FeaturePair]]:
+    """Features at each scale, and those of early layers at scale 1, of a batch of images (H, W).
+
+    ``pyramid`` gives the features at some scales, each by one pass, which gives the early layers
+    too. Scale 1 is added for them where it is missing. Hooks are removed afterwards.
+    """
+    if not layers:
+        return pyramid(scales), []  # one at a time
+    pairs, early, wanted = [], list[FeaturePair](), with_scale_one(scales)
+    with tapped(layered(source), layers) as tap:
+        for scale, pair in zip(wanted, pyramid(wanted), strict=True):
+            pairs.append(pair)
+            if scale == 1.0:
+                count = len(pair.features)
+                views = [single(view) for view in tap.take(size)]
+                early = [
+                    FeaturePair(v[:count], v[count:] if len(v) > count else None) for v in views
+                ]
+    return pairs[: len(scales)], early
+
+
+def with_scale_one(scales: Sequence[float]) -> tuple[float, ...]:
+    """The scales, and scale 1 after them if it is not among them."""
+    return (*scales,) if 1.0 in scales else (*scales, 1.0)
 
 
 def weights_state(source: Source) -> tuple[Any, ...]:

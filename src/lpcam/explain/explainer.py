@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self, cast, get_args
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
 from lpcam.classifiers.feature_store import PRECISIONS, image_pyramid
-from lpcam.classifiers.features import FeaturePair, single
+from lpcam.classifiers.features import FeaturePair, image_of, single, tapped_pyramid
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import (
     USUAL,
@@ -30,7 +31,8 @@ from lpcam.data.images import (
     to_rgb,
 )
 from lpcam.method.batches import class_indices
-from lpcam.method.extractors import CAM, LPCAM
+from lpcam.method.early import EarlyPrototypes, method_name
+from lpcam.method.extractors import CAM, EARLY, LPCAM
 from lpcam.method.image_maps import MOST_MASK_VALUES, ImageMaps, Scoring, class_scores, descending
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
@@ -42,7 +44,7 @@ from lpcam.runtime.errors import (
     ImageError,
     PrototypeError,
 )
-from lpcam.runtime.files import digest_file, printable
+from lpcam.runtime.files import digest_file, printable, read_tensors
 from lpcam.runtime.resources import choose_device
 from lpcam.runtime.versions import versions
 
@@ -68,6 +70,8 @@ class Explainer:
         precision: of a Classifier's forward passes.
         maximum_side: long side in pixels; longer images are mapped at this size.
         foreground_only: compute LPCAM-F (without context prototypes) instead of LPCAM.
+        early: prototypes of early layers, whose maps LPCAM-E take the place of LPCAM; None: those
+            of the LPCAM.
         reading: how image files are read, as the data set of the run was; arrays are taken as
             they are.
         made_by: provenance, added to every result.
@@ -98,6 +102,7 @@ class Explainer:
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         maximum_side: int = 1024,
         foreground_only: bool = False,
+        early: EarlyPrototypes | None = None,
         reading: Reading = USUAL,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
@@ -107,12 +112,16 @@ class Explainer:
             prototypes = prototypes or model.prototypes_
             settings = settings or model.settings_
             foreground_only = foreground_only or not model.with_context
+            early = early or model.early_
             model = model.source_
         if prototypes is None:
             raise PrototypeError("no prototypes given; pass them, or pass a fitted LPCAM")
         extractor = CAM(model, settings or _stored_settings(prototypes))
         source, self.settings = extractor.source_, extractor.settings_
         prototypes.check_source(source, "this explainer")
+        self.early = early
+        if early is not None:
+            early.check_fingerprint(prototypes.fingerprint, "this explainer")
         self.classes = source.classes
         self.classifier = source.folded() if isinstance(source, Classifier) else source
         if isinstance(source, Classifier):
@@ -147,7 +156,7 @@ class Explainer:
             "changed_from_preset": self.settings.model_dump(
                 mode="json", include=set(self.settings.changes())
             ),
-            "method": "LPCAM-F" if foreground_only else "LPCAM",
+            "method": method_name(early, with_context=not foreground_only),
             "scales": list(self.settings.scales),
             "flip": self.settings.flip,
             "attention_blocks": self.attention_blocks,
@@ -184,11 +193,14 @@ class Explainer:
             classifier = Classifier.load(Path(model))
         else:
             classifier = timm_classifier(str(model), weights=weights)
+        tensors, metadata = read_tensors(Path(prototypes))
+        early = EarlyPrototypes.of_file(tensors, metadata[EARLY]) if EARLY in metadata else None
         return cls(
             classifier.to(choose_device(device)),
             Prototypes.load(Path(prototypes), fingerprint=classifier.fingerprint()),
             preset,
             scoring=scoring or ("sigmoid" if from_file else "softmax"),
+            early=early,
             made_by={"model": Path(model).name, "prototypes": digest_file(Path(prototypes))},
         )
 
@@ -251,7 +263,7 @@ class Explainer:
         made_from = {"file": printable(Path(source))} if isinstance(source, str | Path) else {}
         mapped, settings = limit_long_side(image, self.maximum_side), self.settings
         with self._lock:
-            pairs = self._pyramid(mapped, settings.scales, flip=settings.flip)
+            pairs, early = self._pyramid(mapped, settings.scales, flip=settings.flip, early=True)
             at_1 = dict(zip(settings.scales, pairs, strict=True)).get(1.0)
             scores = self._scores(mapped, at_1)
         return ImageMaps.of_features(
@@ -264,6 +276,8 @@ class Explainer:
             scores,
             settings,
             self.mask_ids,
+            self.early,
+            early,
             image=image,
             threshold=settings.threshold if threshold is None else threshold,
             name=own_name if name is None else name,
@@ -271,17 +285,20 @@ class Explainer:
         )
 
     def _pyramid(
-        self, image: NDArray[np.uint8], scales: Sequence[float], *, flip: bool
-    ) -> list[FeaturePair]:
-        """Features (C, h, w) of one image at each scale."""
-        if isinstance(self.classifier, Classifier):
-            pairs = image_pyramid(
-                self.classifier, image[None], scales, flip=flip, precision=self.precision
-            )
+        self, image: NDArray[np.uint8], scales: Sequence[float], *, flip: bool, early: bool
+    ) -> tuple[list[FeaturePair], list[FeaturePair]]:
+        """Features (C, h, w) of one image at each scale, and of early layers if they are wanted."""
+        source, precision, size = self.classifier, self.precision, image.shape[:2]
+        pyramid: Callable[[Sequence[float]], Iterator[FeaturePair]]
+        if isinstance(source, Classifier):
+            pyramid = partial(image_pyramid, source, image[None], flip=flip, precision=precision)
         else:
             images, blocks = self._input(image), self.attention_blocks
-            pairs = attended_pyramid(self.classifier, images, scales, flip=flip, blocks=blocks)
-        return [FeaturePair._make(None if f is None else f[0] for f in pair) for pair in pairs]
+            pyramid = partial(attended_pyramid, source, images, flip=flip, blocks=blocks)
+            size = images.shape[-2:]
+        layers = self.early.layers if early and self.early is not None else ()
+        pairs, found = tapped_pyramid(source, pyramid, scales, layers, (size[0], size[1]))
+        return [image_of(pair) for pair in pairs], [image_of(pair) for pair in found]
 
     def _input(self, image: NDArray[np.uint8]) -> Tensor:
         """An image (H, W, 3) as a batch (1, 3, H', W') of a size that the wrapped model takes."""
@@ -300,7 +317,7 @@ class Explainer:
             logits = self.classifier.logits(self._input(image))[0]
         else:
             if pair is None:
-                (pair,) = self._pyramid(image, (1.0,), flip=False)
+                (pair,), _ = self._pyramid(image, (1.0,), flip=False, early=False)
             logits = self.classifier.head(pair.features.mean((-2, -1)))
         return class_scores(logits, self.scoring)
 

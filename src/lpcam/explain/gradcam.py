@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpcam.classifiers.features import FeaturePair, full_precision
+from lpcam.classifiers.features import FeaturePair, full_precision, with_scale_one
 from lpcam.classifiers.tracing import logits_of
 from lpcam.classifiers.wrapped import TargetLayer, WrappedModel, wrap
 from lpcam.method import extractors as extract
@@ -121,6 +121,8 @@ class LPCAM(extract.LPCAM):
         **options: Any,
     ) -> None:
         super().__init__(model, random_state=random_state, with_context=with_context, **options)
+        if self.early:
+            raise ValueError("early layers are not used here; give them to lpcam.LPCAM")
         given = ("compute_input_gradient", "uses_gradients", "detach")
         changed = (compute_input_gradient, not uses_gradients, not detach)
         if unused := ", ".join(n for n, differs in zip(given, changed, strict=True) if differs):
@@ -279,7 +281,7 @@ class LPCAM(extract.LPCAM):
     def _pass(self, images: Tensor) -> Tensor:
         """Logits (B, N); features of each scale, and of scale 1 in any case, are kept."""
         source = self._source if isinstance(self._source, WrappedModel) else self.source
-        scales, flip = extract.with_scale_one(self.settings.scales), self.settings.flip
+        scales, flip = with_scale_one(self.settings.scales), self.settings.flip
         images = read_images(images, source.channels_in).to(source.device, source.dtype)
         own = scales.index(1.0)
         blocks, state, outputs = self.attention_blocks, self.activations_and_grads, list[Any]()
@@ -329,7 +331,7 @@ class LPCAM(extract.LPCAM):
         """The vectors (N, C) from prototypes of the last pass, whose labels (B, N) are given."""
         lpcam = extract.LPCAM(self.source, self.settings, random_state=self.random_state)
         lpcam._source, pairs = self.source, self.activations_and_grads.pairs
-        scales, size = extract.with_scale_one(self.settings.scales), self.activations_and_grads.size
+        scales, size = with_scale_one(self.settings.scales), self.activations_and_grads.size
         lpcam._collect(pairs, scales, [row.nonzero().flatten().tolist() for row in used], size)
         try:
             return lpcam.prototypes_.vectors(with_context=self.with_context)

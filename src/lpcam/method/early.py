@@ -31,6 +31,7 @@ from lpcam.runtime.parallel import ordered_map
 
 Base = Literal["CAM", "LPCAM"]
 Fusion = Literal["none", "fused", "alone"]
+IMAGES_PER_CLASS = 25  #: Least number of images of each class that are fitted, if there are.
 ITERATIONS = 12  #: Of k-means; more change nothing.
 NONE = -2.0  #: Cosine of a missing centre, below every other.
 SMALLEST = 1e-6  #: Lower bound of a standard deviation that a map is divided by.
@@ -59,7 +60,7 @@ def evidence(features: Tensor, foreground: Tensor, context: Tensor, nearest: int
         cosines = cosines.reshape(*flat.shape[:-2], *centers.shape[:2], flat.shape[-1])
         there = centers.square().sum(-1)[..., None] > 0
         top = torch.where(there, cosines, NONE).topk(min(nearest, centers.shape[1]), dim=-2).values
-        counts = top > (NONE + 1) / 2
+        counts = top > (NONE - 1) / 2
         mean = torch.where(counts, top, 0).sum(-2) / counts.sum(-2).clamp_min(1)
         sides.append(mean)
     found: Tensor = sides[0] - sides[1]
@@ -176,12 +177,23 @@ class EarlyPrototypes:
         if metadata.pop("kind", None) != "early prototypes":
             raise ArtefactError(f"{path} holds no early prototypes; run the stage 'early' again")
         found = cls.of_file(tensors, metadata)
-        if found.fingerprint != fingerprint:
+        found.check_fingerprint(fingerprint, str(path))
+        return found
+
+    def check_fingerprint(self, fingerprint: str, where: str) -> None:
+        """Raise PrototypeError if they are of another classifier than that of a place."""
+        if self.fingerprint != fingerprint:
             raise PrototypeError(
-                f"the early prototypes of {path} are of the classifier {found.fingerprint}, but "
+                f"the early prototypes of {where} are of the classifier {self.fingerprint}, but "
                 f"this one is {fingerprint}; fit them again, or load the other classifier"
             )
-        return found
+
+
+def method_name(early: EarlyPrototypes | None, *, with_context: bool) -> str:
+    """Name of the maps of prototypes, for provenance."""
+    if early is not None:
+        return "LPCAM-E"
+    return "LPCAM" if with_context else "LPCAM-F"
 
 
 def mean_features(images: Iterable[EarlyImage]) -> tuple[Tensor, ...]:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Iterator, Sequence
+import random
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -18,10 +22,14 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.features import (
     FeaturePair,
     Source,
+    early_layers_of,
     full_precision,
+    image_of,
     single,
+    tapped_pyramid,
     tensor_pyramid,
     weights_state,
+    with_scale_one,
 )
 from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.search import Pool
@@ -34,11 +42,12 @@ from lpcam.method.batches import (
     read_images,
     read_labels,
 )
+from lpcam.method.early import IMAGES_PER_CLASS, Base, EarlyImage, EarlyPrototypes, fit_early
 from lpcam.method.functional import cam_of_pair, fuse_scales, lpcam_of_pair, zeros_on_demand
 from lpcam.method.multi_scale import OfPair, maps_of, present_maps, single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import Reservoir, collect
-from lpcam.method.settings import LpcamSettings
+from lpcam.method.settings import EarlySettings, LpcamSettings
 from lpcam.method.vit import PositionFree, attended_pyramid
 from lpcam.runtime.errors import BatchError, ClassifierError, NotFittedError, PrototypeError
 from lpcam.runtime.files import read_tensors
@@ -52,6 +61,8 @@ RandomState = int | np.random.RandomState | np.random.Generator | None
 PRESET = "voc12.official"
 HEAD = "head.weight"  #: Name of the rows of a new head in a file of prototypes.
 SAMPLE = "reservoir."  #: Start of the names of local features in a file of prototypes.
+EARLY = "early"  #: Start of the names of early prototypes in a file, and of their description.
+EARLY_MEMORY = 2**31  #: Bytes of early layers' features that are kept to fit them.
 
 
 @dataclass(eq=False, repr=False)
@@ -94,6 +105,7 @@ class CAM:
 
     def _reset(self) -> None:
         self._source: Source | None = None
+        self._early: EarlyPrototypes | None = None
 
     def __repr__(self) -> str:
         model = self.model if isinstance(self.model, WrappedModel) else type(self.model).__name__
@@ -121,7 +133,7 @@ class CAM:
             raise ValueError(f"no parameter {unknown[0]!r}; there are {', '.join(known)}")
         for name, value in parameters.items():
             setattr(self, name, value)
-        if parameters.keys() & {"model", "remove_position_bias", *self._model_options}:
+        if parameters.keys() & {"model", "remove_position_bias", EARLY, *self._model_options}:
             self._reset()
         return self
 
@@ -195,11 +207,19 @@ class CAM:
         chosen = None if labels is None else read_labels(labels, len(images), source.classes)
         with full_precision(source.device):
             of_pair, rows, epsilon = self._rule(None if chosen is None else set().union(*chosen))
-            pairs = self._pairs(images)
+            pairs, early = self._pairs(images)
             if chosen is None:
                 fused = [maps_of(of_pair, pair, rows) for pair in pairs]
-                return fuse_scales(fused, size, epsilon=epsilon).high_res.to(images.device)
-            found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
+                every = fuse_scales(fused, size, epsilon=epsilon).high_res
+                if self._early is None:
+                    return every.to(images.device)
+                found, chosen = list(every), [list(range(count))] * len(images)
+            else:
+                found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
+            if self._early is not None:
+                for place, classes in enumerate(chosen):
+                    layers = [image_of(pair, place) for pair in early]
+                    found[place] = self._early.maps(found[place], layers, classes)
         found = [maps.to(images.device) for maps in found]
         if present:
             indices = [torch.tensor(c, dtype=torch.int64, device=images.device) for c in chosen]
@@ -209,10 +229,15 @@ class CAM:
             of_image[classes] = maps
         return whole
 
-    def _pairs(self, images: Tensor) -> Iterator[FeaturePair]:
+    def _pairs(
+        self, images: Tensor, layers: Sequence[str] = ()
+    ) -> tuple[Iterable[FeaturePair], list[FeaturePair]]:
+        """Features at each scale, and of early layers (those fitted, or these) at scale 1."""
         source, own, blocks = self.source_, self.settings_, self.attention_blocks
-        images = images.to(source.device)
-        return attended_pyramid(source, images, own.scales, flip=own.flip, blocks=blocks)
+        layers = layers if self._early is None else self._early.layers
+        given = source, images.to(source.device)
+        pyramid = partial(attended_pyramid, *given, flip=own.flip, blocks=blocks)
+        return tapped_pyramid(source, pyramid, own.scales, layers, _size(images))
 
     def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
         """What maps a scale, the rows (N, C) that it takes (of ``classes`` at least), epsilon."""
@@ -233,6 +258,10 @@ class LPCAM(CAM):
             RandomState or Generator that each fit draws one from; None: another one at each fit.
         dtype: precision in which local features are kept; the largest float16 is 65504.
         with_context: False leaves the context out (LPCAM-F).
+        early: sharpen the maps by early layers of the model (LPCAM-E, docs/adaptive.md); True: as
+            ``settings.early``, or :class:`EarlySettings` as they are. ``fit`` then reads the loader
+            once more. An ``auto`` of theirs is the base LPCAM, fused, without a judge, which a run
+            has: :func:`lpcam.evaluation.judge.choose`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -246,9 +275,11 @@ class LPCAM(CAM):
     random_state: RandomState = 0
     dtype: torch.dtype = torch.float16
     with_context: bool = True
+    early: bool | EarlySettings = False
 
     def _reset(self) -> None:
         super()._reset()
+        self._counts = Counter[int]()
         self._images, self._fingerprint = 0, ""
         self._reservoir: Reservoir | None = None
         self._prototypes: Prototypes | None = None
@@ -314,6 +345,11 @@ class LPCAM(CAM):
                 )
         return self._prototypes
 
+    @property
+    def early_(self) -> EarlyPrototypes | None:
+        """Prototypes of early layers; None where the maps are plain LPCAM."""
+        return self._early
+
     def fit(self, loader: Batches) -> Self:
         """Collect local features, cluster, score and select prototypes (equations 2 to 4).
 
@@ -322,8 +358,8 @@ class LPCAM(CAM):
                 'pixel_values', 'image' or 'images' and 'labels' or 'label': images (B, c, H, W) in
                 floating point, normalised as the model expects, and for each image a class index,
                 a class name, a list of them, or a row of 0 and 1 for all N classes. It is read
-                twice if a new head is fitted, so it cannot be an iterator then. Every image is used
-                for all its classes; ``images_per_class`` applies to runs only.
+                once more for a new head and for early layers, so it cannot be an iterator then.
+                Every image is used for all its classes; ``images_per_class`` applies to runs only.
 
         Raises BatchError, a ValueError, for a batch of another form, ClassifierError if no feature
         map or linear head is found, or none can be fitted, and PrototypeError if no class has a
@@ -333,11 +369,16 @@ class LPCAM(CAM):
         try:
             self._source = source = self._find_source()
             _ = self.settings_  # an unknown preset raises before the loader is read
+            if self.early:
+                check_readable_twice(loader, "fitting early layers")
+                layers = early_layers_of(source)
             if isinstance(source, WrappedModel) and source.needs_head:
                 self._source = self._with_new_head(source, loader)
             for images, labels in read_batches(loader):
-                self.partial_fit(images, labels)
+                self._add(images, labels)
             _ = self.prototypes_
+            if self.early:
+                self._early = self._fit_early(loader, layers)
         except BaseException:
             # A later partial_fit must not add to a part of this loader.
             self._reset()
@@ -373,14 +414,58 @@ class LPCAM(CAM):
             weight = fit_head(rows, torch.stack(labels), settings, source.classes)
         return source.with_head(weight.to(source.device))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
+    def _fit_early(self, loader: Batches, layers: Sequence[str]) -> EarlyPrototypes:
+        """Prototypes of early layers from some images of a loader, of each class as many."""
+        own = self.early if isinstance(self.early, EarlySettings) else self.settings_.early
+        settings, seed = own or EarlySettings(), self.prototypes_.made_by["random_state"]
+        base: Base = "CAM" if settings.base == "CAM" else "LPCAM"
+        share = max(settings.images / max(1, len(self._counts)), IMAGES_PER_CLASS)
+        of_pair, rows, epsilon = CAM._rule(self, None) if base == "CAM" else self._rule(None)
+        kept: list[EarlyImage] = []
+        number, room, most = 0, EARLY_MEMORY, torch.finfo(self.dtype).max
+        for given, own_labels in read_batches(loader):
+            images = read_images(given, self.source_.channels_in)
+            labels = read_labels(own_labels, len(images), self.source_.classes)
+            draws = [random.Random(f"{seed}/{number + n}").random() for n in range(len(labels))]
+            rarest = [min((self._counts[index] for index in c), default=0) for c in labels]
+            taken = [n for n, count in enumerate(rarest) if count and draws[n] * count < share]
+            number += len(images)
+            if not taken or room < 0:
+                continue
+            chosen = [labels[place] for place in taken]
+            with full_precision(self.source_.device):
+                pairs, early = self._pairs(images[taken], layers)
+                maps = present_maps(of_pair, pairs, rows, chosen, _size(images), epsilon=epsilon)
+            for place, (classes, of_image) in enumerate(zip(chosen, maps, strict=True)):
+                views = [pair.features[place].clamp(-most, most) for pair in early]
+                features = [view.to(self.dtype).cpu() for view in views]
+                # pooled as it will be; nothing is judged, so colours are not kept
+                small = F.adaptive_avg_pool2d(of_image.float(), _size(features[0])).cpu()
+                kept.append(EarlyImage(classes, features, {base: small}, torch.empty(0)))
+                room -= sum(one.nbytes for one in (*features, small))
+        own_key: dict[str, Any] = {"base": base, "fingerprint": self._fingerprint}
+        *_, found = fit_early(kept, self.source_.classes, layers, settings, seed=seed, **own_key)
+        return replace(found, fusion="fused" if settings.fusion == "auto" else settings.fusion)
+
     def partial_fit(self, images: Any, labels: Any) -> Self:
         """Collect the local features of one more batch (equation 2); clustering waits until needed.
 
         Parts in the same order give the prototypes of one ``fit``. Arguments as for a call. After
         ``load`` it goes on from a file that was saved with ``reservoir=True``; others raise
-        PrototypeError.
+        PrototypeError, and so do early layers, which need all images at once.
         """
+        if self.early or self._early is not None:
+            raise PrototypeError(
+                "early layers are fitted by fit(loader), which reads all images again; "
+                "partial_fit cannot: give early=False, or call fit"
+            )
+        return self._add(images, labels)
+
+    @torch.no_grad()
+    def _add(self, images: Any, labels: Any) -> Self:
+        """Collect the local features of one more batch."""
         if self._source is None:
             self._source = self._find_source()
         source, settings = self.source_, self.settings_
@@ -442,6 +527,7 @@ class LPCAM(CAM):
         for one, classes, split_map in zip(features, chosen, maps, strict=True):
             name = f"image {self._images}"
             collect(self._reservoir, one, classes, split_map, settings, name)
+            self._counts.update(classes)
             self._images += 1
 
     def _seed(self) -> int:
@@ -456,7 +542,10 @@ class LPCAM(CAM):
         )
 
     def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
-        return lpcam_of_pair, self._vectors(classes), 0.0
+        vectors = self._vectors(classes)
+        if self._early is not None and self._early.base == "CAM":
+            return super()._rule(classes)
+        return lpcam_of_pair, vectors, 0.0
 
     def _vectors(self, classes: Collection[int] | None = None) -> Tensor:
         vectors = self.prototypes_.vectors(with_context=self.with_context, classes=classes)
@@ -489,8 +578,9 @@ class LPCAM(CAM):
             logits = source(images) if isinstance(source, Classifier) else source.logits(images)
             scores = drawn.class_scores(logits[0], scoring)
             best = drawn.descending(scores)[:1]
+            pairs, early = self._pairs(images)
             return drawn.ImageMaps.of_features(
-                list(self._pairs(images)),
+                list(pairs),
                 _size(images),
                 best if classes is None else class_indices(source.classes, classes),
                 single(source.weight),
@@ -498,6 +588,8 @@ class LPCAM(CAM):
                 source.classes,
                 scores,
                 settings,
+                early=self._early,
+                layers=[image_of(pair) for pair in early],
                 image=picture,
                 name=name,
                 made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
@@ -511,7 +603,10 @@ class LPCAM(CAM):
         """
         prototypes, source = self.prototypes_, self.source_
         new = isinstance(source, WrappedModel) and source.new_head
-        extra, metadata = {HEAD: source.weight} if new else {}, {}
+        extra, metadata = {HEAD: source.weight} if new else {}, dict[str, Any]()
+        if self._early is not None:
+            extra |= self._early.tensors()
+            metadata[EARLY] = self._early.described()
         if reservoir:
             if self._reservoir is None:
                 raise PrototypeError("these prototypes were loaded without their local features")
@@ -523,7 +618,9 @@ class LPCAM(CAM):
     def load(self, path: str | Path) -> Self:
         """Read what :meth:`save` wrote, with its head, and its class names if none are given.
 
-        Raises PrototypeError if it is of other weights, or of other class names than those given.
+        Its early prototypes are used if it has some. Raises PrototypeError if it is of other
+        weights, or of other class names than those given, or lacks early prototypes that are asked
+        for.
         """
         tensors, metadata = read_tensors(Path(path))
         prototypes = Prototypes.of_file(Path(path), tensors, metadata)
@@ -541,7 +638,14 @@ class LPCAM(CAM):
             if own and len(source.classes) == len(prototypes.classes):
                 source = replace(source, classes=prototypes.classes)
         prototypes.check_source(source, str(path))
+        if self.early and EARLY not in metadata:
+            raise PrototypeError(
+                f"{path} has no early prototypes; fit and save them with early=True, or load it "
+                "into an LPCAM with early=False"
+            )
         self._take(source, prototypes)
+        if EARLY in metadata:
+            self._early = EarlyPrototypes.of_file(tensors, metadata[EARLY])
         if kept := metadata.get("reservoir"):
             sample = {n.removeprefix(SAMPLE): t for n, t in tensors.items() if n.startswith(SAMPLE)}
             dtype = next((t.dtype for n, t in sample.items() if n.endswith("rows")), self.dtype)
@@ -550,11 +654,6 @@ class LPCAM(CAM):
             self._reservoir = Reservoir(kept["max_features"], made_by["random_state"], dtype)
             self._reservoir.fill(sample, kept["seen"])
         return self
-
-
-def with_scale_one(scales: Sequence[float]) -> tuple[float, ...]:
-    """The scales, and scale 1 after them if it is not among them."""
-    return (*scales,) if 1.0 in scales else (*scales, 1.0)
 
 
 def _size(images: Tensor) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from lpcam.data.drawing import CELL, SheetRow, overlay, overlay_mask, sheet
 from lpcam.data.images import png_bytes, resize_image
 from lpcam.data.masks import write_mask
 from lpcam.data.resize import scaled_size
+from lpcam.method.early import EarlyPrototypes
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import DataError, import_extra
@@ -60,7 +61,7 @@ class ImageMaps:
     mask_ids: tuple[int, ...]  #: Value of each class in a mask, 1 to 254.
     scores: tuple[float, ...]  #: The classifier's scores, in [0, 1].
     cam: NDArray[np.float32]  #: (K, h, w) in [0, 1]
-    lpcam: NDArray[np.float32]  #: (K, h, w) in [0, 1]
+    lpcam: NDArray[np.float32]  #: (K, h, w) in [0, 1]; LPCAM-E where early layers are used.
     threshold: float
     """Threshold of LPCAM masks: foreground is above it. Masks shrink when it grows."""
     cam_threshold: float  #: Threshold of CAM masks.
@@ -82,18 +83,27 @@ class ImageMaps:
         scores: NDArray[np.float64],
         settings: LpcamSettings,
         mask_ids: Sequence[int] | None = None,
+        early: EarlyPrototypes | None = None,
+        layers: Sequence[FeaturePair] = (),
         **values: Any,
     ) -> Self:
-        """The maps of the ``chosen`` of all classes from features of one image of a size (h, w)."""
+        """The maps of the ``chosen`` of all classes from features of one image of a size (h, w).
+
+        With ``early``, and features of its ``layers``, the maps ``lpcam`` are LPCAM-E.
+        """
         # NumPy arrays, because inference tensors cannot be used everywhere.
         cam, lpcam = (np.zeros((len(chosen), *size), np.float32) for _ in METHOD_NAMES)
         for start in range(0, len(chosen), CLASSES_TOGETHER):
             part = list(chosen[start : start + CLASSES_TOGETHER])
             to = slice(start, start + len(part))
-            cams = cam_maps(pairs, weight[part], size, epsilon=settings.cam_epsilon)
-            cam[to] = cams.high_res.float().cpu()
-            lpcam[to] = lpcam_maps(pairs, vectors[part], size).high_res.float().cpu()
-        empty = [names[n] for n in chosen if not bool(vectors[n].any())]
+            base = cam_maps(pairs, weight[part], size, epsilon=settings.cam_epsilon).high_res
+            cam[to] = base.float().cpu()
+            if early is None or early.base == "LPCAM":
+                base = lpcam_maps(pairs, vectors[part], size).high_res
+            found = base if early is None else early.maps(base, layers, part)
+            lpcam[to] = found.float().cpu()
+        from_cam = early is not None and early.base == "CAM"
+        empty = [names[n] for n in chosen if not from_cam and not bool(vectors[n].any())]
         return cls(
             classes=tuple(names[n] for n in chosen),
             mask_ids=_mask_ids(len(names), chosen, mask_ids),

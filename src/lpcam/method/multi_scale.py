@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from torch import Tensor
 
-from lpcam.classifiers.features import FeaturePair
+from lpcam.classifiers.features import FeaturePair, image_of
 from lpcam.method.functional import (
     FusedMaps,
     cam_of_pair,
@@ -55,8 +55,7 @@ def present_maps(
     for pair in pairs:
         for place, of_image in enumerate(chosen):
             if len(of_image):
-                own = FeaturePair._make(None if part is None else part[place] for part in pair)
-                scales[place].append(maps_of(of_pair, own, of_image))
+                scales[place].append(maps_of(of_pair, image_of(pair, place), of_image))
     return [
         fuse_scales(maps, size, epsilon=epsilon).high_res if maps else rows.new_zeros(0, *size)
         for maps in scales

@@ -17,7 +17,9 @@ from lpcam.data.reader import ListName
 from lpcam.explain.explainer import Explainer
 from lpcam.formats.masks.base import MaskEntry
 from lpcam.formats.models.lpcam_model import LPCAMModel
+from lpcam.method.early import EarlyPrototypes
 from lpcam.method.prototypes import Prototypes
+from lpcam.method.settings import Method
 from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.recipe import Recipe, load_recipe
 from lpcam.runtime.errors import ArtefactError, DataError
@@ -158,23 +160,31 @@ class RunFolder:
         recipe = self.load_recipe()
         classifier = Classifier.load(self._finished(self.classifier, "classify"))
         path = self._finished(self.prototypes(), "prototypes")
-        foreground_only = recipe.seed_method == "LPCAM-F"
-        thresholds = {
-            "threshold": recipe.fixed_threshold("LPCAM-F" if foreground_only else "LPCAM"),
-            "cam_threshold": recipe.fixed_threshold("CAM"),
+        method: Method = "LPCAM" if recipe.seed_method == "CAM" else recipe.seed_method
+        early = None
+        if method == "LPCAM-E":
+            early = EarlyPrototypes.load(
+                self._finished(self.early, "early"), fingerprint=classifier.fingerprint()
+            )
+        values: dict[str, Any] = {
+            "threshold": self._threshold(recipe, method),
+            "cam_threshold": self._threshold(recipe, "CAM"),
         }
-        method = self._parts("classifier").get("method", recipe.classifier.method)
+        if "scales" in recipe.lpcam.automatic and (made := self._parts("cam")):
+            values["scales"] = tuple(made["scales"])
+        trained = self._parts("classifier").get("method", recipe.classifier.method)
         probe, long_side = recipe.classifier.probe, recipe.classifier.finetune.long_side
         return Explainer(
             classifier.to(choose_device(device)),
             Prototypes.load(path, fingerprint=classifier.fingerprint()),
-            recipe.lpcam.model_copy(update=thresholds),
+            recipe.lpcam.fixed(**values),
             mask_ids=self._mask_ids(recipe, len(classifier.classes)),
             # whole images at the middle training size, as the classifier is validated
-            score_side=sum(long_side) // 2 if method == "finetune" else probe.long_side,
+            score_side=sum(long_side) // 2 if trained == "finetune" else probe.long_side,
             precision=recipe.maps.precision,
             maximum_side=recipe.maps.maximum_side,
-            foreground_only=foreground_only,
+            foreground_only=method == "LPCAM-F",
+            early=early,
             reading=recipe.data.reading_of_images,
             made_by={
                 "run": recipe.name,
@@ -183,11 +193,20 @@ class RunFolder:
             },
         )
 
-    def _parts(self, name: str) -> Mapping[str, Any]:
-        """The readable key of a result; empty if there is none."""
+    def _parts(self, name: str, part: str = "parts") -> Mapping[str, Any]:
+        """The readable key of a result, or its output; empty if there is none."""
         record = self / name / "stage.json"
-        found: Mapping[str, Any] = read_json(record).get("parts", {}) if record.is_file() else {}
+        found: Mapping[str, Any] = read_json(record).get(part, {}) if record.is_file() else {}
         return found
+
+    def _threshold(self, recipe: Recipe, method: Method) -> float:
+        """Threshold of the maps of a method: the judge's where the recipe leaves it to it."""
+        names = [f"{kind}/{RESULTS[method]}" for kind in ("agreement", "judge")]  # the last first
+        names = ["early"] if method == "LPCAM-E" else names
+        found = next(filter(None, (self._parts(name, "output") for name in names)), None)
+        if not recipe.chooses_threshold(method) or found is None:
+            return recipe.fixed_threshold(method)
+        return float(found.get("verdict", found)["threshold"])
 
     def _mask_ids(self, recipe: Recipe, count: int) -> tuple[int, ...] | None:
         """Mask values of the classes, even if the data set no longer exists."""

@@ -31,7 +31,7 @@ from lpcam.formats.models.exporters import export_onnx, export_program
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.formats.models.onnx import ExportParity
 from lpcam.method.head import LPCAMHead
-from lpcam.method.settings import LpcamSettings
+from lpcam.method.settings import EarlySettings, LpcamSettings
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_tensors, write_tensors
@@ -598,3 +598,71 @@ def test_a_run_gives_its_model(tmp_path: Path) -> None:
     assert LPCAMModel.from_pretrained(tmp_path / "saved").classes == model.classes
     with pytest.raises(ArtefactError, match="holds no run"):
         RunFolder(tmp_path).model()
+
+
+EARLY = [("CAM", "alone"), ("CAM", "none"), ("LPCAM", "fused")]
+
+
+def with_early(source: Any, base: Any, fusion: Any, **options: Any) -> LPCAM:
+    early = EarlySettings(base=base, fusion=fusion, clusters=4, nearest=2)
+
+    def preprocess(images: np.ndarray) -> Tensor:
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+    return fitted(source, preprocess, early=early, **options)
+
+
+@pytest.mark.parametrize(("base", "fusion"), EARLY)
+def test_a_model_and_its_file_give_the_maps_of_early_layers(
+    base: str, fusion: str, tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    spec = BackboneSpec(BACKBONE, {}, 16)
+    classifier = build(spec, tuple(COLOURS), weights="random", mean=(0.5,) * 3, std=(0.5,) * 3)
+    with torch.no_grad():
+        classifier.head.weight.mul_(3)
+    lpcam = with_early(classifier, base, fusion)
+    lpcam.set_params(settings=SETTINGS.fixed(cam_epsilon=0.0))  # a layer has none
+    model = LPCAMModel.from_lpcam(lpcam)
+    assert model.made_by["method"] == "LPCAM-E"
+    export_onnx(model, tmp_path / "m.onnx")
+    model.save_pretrained(tmp_path / "saved")
+    again = LPCAMModel.from_pretrained(tmp_path / "saved")
+    session = onnxruntime.InferenceSession(
+        (tmp_path / "m.onnx").read_bytes(), providers=["CPUExecutionProvider"]
+    )
+    for count, size in SIZES:
+        pixels = photographs(count, size)
+        images = normalised(classifier, pixels)
+        with torch.no_grad():
+            logits, maps = model(images)
+            twin = copy.deepcopy(model)(images)[1]
+        torch.testing.assert_close(maps, lpcam(images), atol=1e-5, rtol=0)
+        assert torch.equal(twin, maps)
+        assert torch.equal(again(images)[1], maps)
+        found = session.run(None, {"image": pixels})
+        for one, expected in zip(found, (logits, maps), strict=True):
+            np.testing.assert_allclose(one, expected, atol=1e-4)
+    assert LPCAMModel.from_lpcam(lpcam, enlarge=False)(images)[1].shape[2:] == (19, 8)
+    state = read_tensors(tmp_path / "saved" / "model.safetensors")
+    state[0]["head.early_mean_0"] += 1
+    write_tensors(tmp_path / "saved" / "model.safetensors", *state)
+    with pytest.raises(ArtefactError, match="head"):
+        LPCAMModel.from_pretrained(tmp_path / "saved")
+
+
+def test_a_model_of_others_gives_the_maps_of_early_layers(tmp_path: Path) -> None:
+    bare = timm.create_model("test_resnet", num_classes=3, zero_init_last=False).eval()
+    lpcam = with_early(bare, "LPCAM", "fused")
+    before = [len(module._forward_hooks) for module in bare.modules()]
+    model = LPCAMModel.from_lpcam(lpcam)
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images)[1], lpcam(images), atol=1e-5, rtol=0)
+    assert [len(module._forward_hooks) for module in bare.modules()] == before
+    model.save_pretrained(tmp_path / "saved")
+    other = timm.create_model("test_resnet", num_classes=3)
+    again = LPCAMModel.from_pretrained(tmp_path / "saved", backbone=other)
+    assert torch.equal(again(images)[1], model(images)[1])
+    parity = export_program(model, tmp_path / "m.pt2")
+    assert max(parity.errors.values()) < 1e-5

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.formats.models.onnx import (
-    TRACED_SIZE,
     ExportModule,
     ExportParity,
     Outputs,
@@ -108,7 +107,7 @@ def _size(
     """Size of the traced image, and whether the file takes other sizes."""
     fixed = model.fixed_size
     if size is None:
-        size = fixed or rounded_up(TRACED_SIZE, model.multiple)
+        size = model.example_size
     if (fixed is not None and size != fixed) or size != rounded_up(size, model.multiple):
         wanted = f"multiples of {model.multiple}" if fixed is None else f"{fixed[0]} x {fixed[1]}"
         raise ArtefactError(f"size {size[0]} x {size[1]} does not fit: the model takes {wanted}")
@@ -183,7 +182,7 @@ class _LPCAMFile(ExportModule):
             images = self.normalised(images)
             size = (images.shape[-2], images.shape[-1]) if self.model.enlarge else None
             with torch.no_grad():
-                features, _ = self.model.features(images)
+                features, *_ = self.model.features(images)
                 top = self.model.head.activation(features, size).amax((-2, -1), keepdim=True)
             difference = difference * (top / (top + _COSINE_ERROR / _MAP_ERROR))
         return float(difference.max())

@@ -18,9 +18,12 @@ from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing, build
+from lpcam.classifiers.early_layers import Tap
 from lpcam.classifiers.tracing import device_of, evaluation_mode
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
+from lpcam.formats.models.onnx import TRACED_SIZE, rounded_up
+from lpcam.method.early import EarlyPrototypes, method_name
 from lpcam.method.extractors import LPCAM
 from lpcam.method.head import LPCAMHead, Normalize
 from lpcam.runtime.errors import ArtefactError, ClassifierError
@@ -81,9 +84,20 @@ class LPCAMModel(nn.Module):
         self.channels, self.multiple, self.fixed_size = channels, multiple, fixed_size
         self.spec = spec
         self.made_by = dict(made_by or {})
+        early = head.early
+        self._tap = None if early is None else Tap(_layered(backbone), early.layers)
         if len(self.classes) != count:
             raise ValueError(f"got {len(self.classes)} names for {count} classes")
         self.eval()
+        if self._tap is not None:  # sees how the layers are read, before sizes become symbols
+            like = next(backbone.parameters(), head.weight)
+            with torch.no_grad():
+                self.features(like.new_zeros(1, channels, *self.example_size))
+
+    @property
+    def example_size(self) -> tuple[int, int]:
+        """(H, W) of images that the model takes."""
+        return self.fixed_size or rounded_up(TRACED_SIZE, self.multiple)
 
     @classmethod
     def from_lpcam(
@@ -115,7 +129,7 @@ class LPCAMModel(nn.Module):
             preprocessing = preprocessing or source.preprocessing
         made_by = {
             "fingerprint": lpcam.prototypes_.fingerprint,
-            "method": "LPCAM" if lpcam.with_context else "LPCAM-F",
+            "method": method_name(lpcam.early_, with_context=lpcam.with_context),
             "settings": lpcam.prototypes_.made_by.get("settings"),
             "versions": versions(),
         }
@@ -128,7 +142,9 @@ class LPCAMModel(nn.Module):
         settings = explainer.settings.model_dump(mode="json")
         return cls(
             _Features(classifier),
-            LPCAMHead(classifier.weight, explainer.vectors, classifier.head.bias),
+            LPCAMHead(
+                classifier.weight, explainer.vectors, classifier.head.bias, early=explainer.early
+            ),
             classes=classifier.classes,
             preprocessing=classifier.preprocessing,
             spec=classifier.spec,
@@ -138,14 +154,17 @@ class LPCAMModel(nn.Module):
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Normalised images (B, c, H, W) to logits (B, N) and maps (B, N, H, W)."""
         size = (images.shape[-2], images.shape[-1]) if self.enlarge else None
-        features, pooled = self.features(images)
-        found: tuple[Tensor, Tensor] = self.head(features, size, pooled)
+        features, pooled, layers = self.features(images)
+        found: tuple[Tensor, Tensor] = self.head(features, size, pooled, layers)
         return found
 
-    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The feature map, and the vectors of the linear layer where they are not its mean."""
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+        """The feature map, the vectors of the linear layer where they are not its mean, and the
+        maps of early layers where there are some."""
         found = self.backbone(images)
-        return found if isinstance(found, tuple) else (found, None)
+        size = images.shape[-2], images.shape[-1]
+        layers = [] if self._tap is None else self._tap.take(size)
+        return (*(found if isinstance(found, tuple) else (found, None)), layers)
 
     def save_pretrained(
         self, folder: Path | str, *, licence: str | None = None, training_data: str | None = None
@@ -169,6 +188,7 @@ class LPCAMModel(nn.Module):
             "preprocessing": asdict(self.preprocessing) if self.preprocessing else None,
             "normalize": self.head.normalize,
             "bias": self.head.bias is not None,
+            "early": early.described() if (early := self.head.early) else None,
             "fixed_size": self.fixed_size,
             "dtype": str(self.head.weight.dtype).removeprefix("torch."),
             "fingerprints": self._fingerprints(),
@@ -259,11 +279,14 @@ class LPCAMModel(nn.Module):
             )
         else:
             backbone = _Features(build(spec, config["classes"], weights=RANDOM, **normal))
+        named = {n.removeprefix("head.").replace("_", "."): values for n, values in state.items()}
+        early = config.get("early")
         head = LPCAMHead(
             state["head.weight"],
             state["head.vectors"],
             state.get("head.bias"),
             normalize=config["normalize"],
+            early=None if early is None else EarlyPrototypes.of_file(named, early),
         )
         model = cls(
             backbone,
@@ -317,6 +340,13 @@ def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str 
         licence=licence or "Not stated.",
         settings=json.dumps(model.made_by.get("settings"), indent=2, sort_keys=True),
     )
+
+
+def _layered(backbone: nn.Module) -> nn.Module:
+    """The module whose layers a model's early layers are."""
+    if isinstance(backbone, _Features):
+        return backbone.classifier.backbone
+    return backbone.model if isinstance(backbone, _WrappedFeatures) else backbone
 
 
 class _Features(nn.Module):

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import torch
 
-from lpcam.classifiers.features import FeaturePair
+from lpcam.classifiers.features import image_of
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.resize import quarter_size, resize
 from lpcam.evaluation.judge import choose
 from lpcam.method.early import (
+    IMAGES_PER_CLASS,
     Base,
     EarlyImage,
     EarlyPrototypes,
@@ -30,7 +31,6 @@ from lpcam.runtime.files import digest_file
 from lpcam.runtime.parallel import ordered_map
 from lpcam.runtime.progress import progress
 
-IMAGES_PER_CLASS = 25
 BASES: tuple[Base, Base] = ("LPCAM", "CAM")  #: The simpler to prefer first.
 
 
@@ -154,7 +154,7 @@ def _map_task(context: Context) -> Task:
                 stored = read_maps(map_path(context.folder / RESULTS[found.base], item.id))
                 base = torch.from_numpy(stored.high_res).float().to(context.device)
                 pairs = [
-                    FeaturePair._make(None if part is None else part[0] for part in pair)
+                    image_of(pair)
                     for pair in (store.early([item]) if found.fusion != "none" else ())
                 ]
                 high_res = found.maps(base, pairs, item.labels)
