@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,12 +60,21 @@ def evidence(features: Tensor, foreground: Tensor, context: Tensor, nearest: int
         cosines = centers.flatten(0, 1) @ flat
         cosines = cosines.reshape(*flat.shape[:-2], *centers.shape[:2], flat.shape[-1])
         there = centers.square().sum(-1)[..., None] > 0
-        top = torch.where(there, cosines, NONE).topk(min(nearest, centers.shape[1]), dim=-2).values
+        top = _largest(torch.where(there, cosines, NONE), min(nearest, centers.shape[1]))
         counts = top > (NONE - 1) / 2
         mean = torch.where(counts, top, 0).sum(-2) / counts.sum(-2).clamp_min(1)
         sides.append(mean)
     found: Tensor = sides[0] - sides[1]
     return found.reshape(*found.shape[:-1], *features.shape[-2:])
+
+
+def _largest(values: Tensor, count: int) -> Tensor:
+    """The ``count`` largest of values (..., M, P) over M, in any order."""
+    exported = torch.compiler.is_compiling() or torch.jit.is_tracing() or values.requires_grad
+    if exported or values.device.type != "cpu" or values.dtype.itemsize < torch.float32.itemsize:
+        return values.topk(count, dim=-2).values
+    # NumPy selects five times faster on a CPU
+    return torch.from_numpy(np.partition(values.numpy(), -count, axis=-2)[..., -count:, :])
 
 
 def centred(features: Tensor, mean: Tensor) -> Tensor:
