@@ -70,7 +70,8 @@ def evidence(features: Tensor, foreground: Tensor, context: Tensor, nearest: int
 
 def _largest(values: Tensor, count: int) -> Tensor:
     """The ``count`` largest of values (..., M, P) over M, in any order."""
-    exported = torch.compiler.is_compiling() or torch.jit.is_tracing() or values.requires_grad
+    traced = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    exported = torch.compiler.is_compiling() or traced or values.requires_grad
     if exported or values.device.type != "cpu" or values.dtype.itemsize < torch.float32.itemsize:
         return values.topk(count, dim=-2).values
     # NumPy selects five times faster on a CPU
