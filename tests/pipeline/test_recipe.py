@@ -84,7 +84,7 @@ def test_an_unknown_key_is_refused_with_the_allowed_ones(path: str, allowed: set
         ("lpcam.context_lower", 0.9, "lpcam: context_lower 0.9 .*mu_b 0.9"),
         ("version", 0, "version = 0"),
         ("host.method", "none", "host: .*'none'.*amn"),
-        ("refine.method", "none", "refine: .*'none'.*irn"),
+        ("refine.method", "nothing", "refine: .*'nothing'.*irn"),
         ("segment.network", "none", "segment.*deeplabv2.*'none'"),
     ],
 )
