@@ -39,7 +39,8 @@ LOSSES: dict[str, Loss] = {
 OFFICIAL = """
 irn: {epochs: 3, batch_size: 32, learning_rate: 0.1, displacement_multiplier: 10, momentum: 1.0e-4,
   weight_decay: 1.0e-4, power: 0.9, crop: 512, radius: 10, displacement: true, walk_radius: 5,
-  beta: 10, exponent: 8, tolerance: 0, sharpness: 1, foreground_threshold: 0.45, scale: [0.5, 1.5],
+  beta: 10, exponent: 8, tolerance: 0, sharpness: 1, walked: maps,
+  foreground_threshold: 0.45, scale: [0.5, 1.5],
   background_threshold: 0.25, threshold: 0.35, cam_foreground_threshold: 0.3,
   cam_background_threshold: 0.05, cam_threshold: 0.25}
 psa: {low_alpha: 1, high_alpha: 12, epochs: 5, batch_size: 8, learning_rate: 0.01,

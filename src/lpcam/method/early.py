@@ -292,7 +292,7 @@ def _sample(
     key: str,
 ) -> list[tuple[tuple[int, int, int], Tensor]]:
     """Rows (n, C) of each class, side and layer that one image gives to a round."""
-    if not len(image.classes):
+    if not len(image.classes) or not image.layers:
         return []
     layers = [FeaturePair(one.float(), None) for one in image.layers]
     grid = layers[0].features.shape[-2], layers[0].features.shape[-1]

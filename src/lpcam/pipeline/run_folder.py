@@ -32,7 +32,7 @@ from lpcam.segmentation.settings import SegmentSection
 logger = logging.getLogger(__name__)
 RESULTS = {"CAM": "cam", "LPCAM-F": "lpcam_f", "LPCAM": "lpcam", "LPCAM-E": "lpcam_e"}
 """Name of the result that holds the maps of each method."""
-TRAINED_ON = ("lpcam-e", "lpcam", "cam", "given", "truth")
+TRAINED_ON = ("lpcam_e", "lpcam", "cam", "given", "truth")
 """Masks that segmenters are trained on, in the order in which one is chosen."""
 
 

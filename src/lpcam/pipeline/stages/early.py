@@ -63,15 +63,17 @@ def sharpen(context: Context) -> Iterator[Task]:
 
     yield context.task("early", parts, [context.folder.early], work)
     output = context.results["early"].output
-    context.judge("LPCAM-E", output["verdict"])
+    if context.recipe.chooses_threshold("LPCAM-E"):
+        context.judge("LPCAM-E", output["verdict"])
     way = next(one for one in output["ways"] if one["chosen"])
     told = [one["information"] for one in output["ways"]]
-    context.chose(
-        "lpcam.early",
-        f"{way['base']}, {way['fusion']}"
-        + f" after round {way['round']}" * (way["fusion"] != "none"),
-        f"colour information {way['information']:.4f}, the least {min(told):.4f}",
-    )
+    if len(told) > 1:
+        context.chose(
+            "lpcam.early",
+            f"{way['base']}, {way['fusion']}"
+            + f" after round {way['round']}" * (way["fusion"] != "none"),
+            f"colour information {way['information']:.4f}, the least {min(told):.4f}",
+        )
     yield _map_task(context)
     yield from judge_all(context)
 
@@ -122,7 +124,7 @@ def _fit(
         for base in bases
     }
     ways = candidates(rounds) if context.early_layers else candidates(rounds)[: len(bases)]
-    if settings.fusion != "auto":
+    if settings.fusion != "auto" and context.early_layers:
         ways = [one for one in ways if one.fusion == settings.fusion]
     place, verdicts = choose(images, ways, workers=workers)
     told = [
