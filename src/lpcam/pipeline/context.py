@@ -348,7 +348,9 @@ class Context:
         choice = {"key": key, "value": value, "reason": reason}
         if choice in self.choices:
             return
-        self.choices = [*(one for one in self.choices if one["key"] != key), choice]
+        others = [one for one in self.choices if one["key"] != key]
+        # in an order that does not depend on which results are up to date
+        self.choices = sorted([*others, choice], key=lambda one: one["key"])
         if self.processes.first:
             logger.info("chosen: %s = %s (%s)", key, value, reason)
 
@@ -394,7 +396,7 @@ class Context:
         try:
             return early_layers(classifier.backbone)
         except ClassifierError as error:
-            self.chose("lpcam.early", "none", str(error))
+            self.chose("early layers", "none", str(error))
             return ()
 
     @property

@@ -14,7 +14,7 @@ from lpcam.classifiers.feature_store import DTYPES
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path
 from lpcam.data.resize import scaled_size
-from lpcam.method.prototypes import make_prototypes
+from lpcam.method.prototypes import FEWEST_CLUSTERS, MEMBERS, make_prototypes
 from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images, read_selected, split_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.cache import Output, Result, Task
@@ -82,6 +82,12 @@ def cluster(context: Context) -> Iterator[Task]:
         return make(context, result, items, settings, local, scorer, classifier, label)
 
     yield context.task("prototypes", parts, [context.folder.prototypes()], work, prepare)
+    if "clusters" in settings.automatic:
+        reason = f"one for {MEMBERS} sampled features of a class and side"
+        context.chose("lpcam.clusters", f"{FEWEST_CLUSTERS} to {settings.clusters}", reason)
+    for name in sorted({"mu_f", "mu_b"} & settings.automatic):
+        value = f"{getattr(settings, name):g} times the best score"
+        context.chose(f"lpcam.{name}", value, "of the foreground centres of each class")
 
 
 def make(
