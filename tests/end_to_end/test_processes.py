@@ -118,12 +118,14 @@ class Runs:
 def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path) -> Runs:
     """No test may change them."""
     folder = tmp_path_factory.mktemp("two")
-    names = ("probe", "exact", "finetune", "irn")
+    names = ("probe", "exact", "finetune", "irn", "adaptive")
     # The folder has the same path in both runs, and then another name, so that all bytes compare.
     values = {name: recipe_values(pictures, folder / name, weights) for name in names}
     values["exact"]["lpcam"]["max_features"] = None
     values["exact"]["refine"] = {"method": "crf"}
     values["exact"]["report"] = {"images": 4}
+    values["adaptive"]["lpcam"] = {"preset": "adaptive", "max_features": 60}
+    values["adaptive"]["refine"] = {"method": "auto"}
     values["irn"]["segment"] = {
         "backbone": "test_resnet",
         "weights": "random",
@@ -151,9 +153,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path
     return Runs(folder, values, notes)
 
 
-@pytest.mark.parametrize("name", ["probe", "exact"])
+@pytest.mark.parametrize("name", ["probe", "exact", "adaptive"])
 def test_a_probe_gives_the_same_bytes(runs: Runs, name: str) -> None:
-    """Every file, recipe and figures too; prototypes of all features, and of a sample of them."""
+    """Every file, recipe, choices and figures too; prototypes of all features, and of a sample."""
     expected = digests(runs.alone(name))
     assert len(expected) > 40
     assert digests(runs.both(name)) == expected
