@@ -271,9 +271,11 @@ class CrfRefinement(base.Refinement):
     crf_place = "on the seeds"
 
     def check(self, section: base.RefineSection) -> None:
+        """Raise a ValueError if the CRF does not take hard labels."""
         base.check_label_crf(section)
 
     def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
+        """Cleans the seeds; classes that vanish may keep theirs (:func:`keep_seeds`)."""
         crf = DenseCrf(job.settings, memory=job.tools.memory)
 
         def refine(picture: base.Picture) -> Tensor:
