@@ -334,8 +334,8 @@ class Context:
         if "scales" not in settings.automatic or not self.records:
             return settings
         limit = self.recipe.maps.maximum_side
-        sides = [min(r["height"], r["width"]) for r in self.records.values()]
-        side = min(float(np.median(sides)), limit)
+        sizes = [sorted((r["height"], r["width"])) for r in self.records.values()]
+        side = float(np.median([short * min(1, limit / long) for short, long in sizes]))
         stride = self.recipe.classifier.output_stride or USUAL_STRIDE
         factor = max(1, min(LARGEST_SCALE, math.ceil(FEWEST_CELLS * stride / side)))
         scales = tuple(factor * scale for scale in settings.scales)
