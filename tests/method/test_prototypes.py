@@ -220,6 +220,45 @@ def test_fewer_features_than_clusters() -> None:
     assert torch.equal(found.vectors()[1], torch.zeros(4))
 
 
+@pytest.mark.parametrize(("count", "clusters"), [(3, 3), (30, 4), (250, 10), (2000, 36)])
+def test_an_automatic_number_of_clusters(count: int, clusters: int) -> None:
+    """One for 25 features, from 4 to 36, and no more than there are features."""
+    settings = LpcamSettings.from_preset("adaptive", restarts=1)
+    found = made({(0, "foreground"): rows(count), (0, "context"): rows(60)}, settings)
+    assert (found.foreground.sizes[0] > 0).sum() == clusters
+    assert (found.context.sizes[0] > 0).sum() == 4
+    assert not any("fewer than K" in event for event in found.events)
+    fixed = made({(0, "foreground"): rows(count)}, settings.fixed(clusters=5))
+    assert (fixed.foreground.sizes[0] > 0).sum() == min(5, count)
+
+
+def test_automatic_score_thresholds_follow_the_best_score() -> None:
+    """0.9 of a best score of 0.6 is 0.54; the fixed 0.9 would keep nothing but the best."""
+
+    def of_scores(*scores: float) -> torch.Tensor:
+        """Rows of which each is a cluster of its own; two classes, the second has the logit 0."""
+        own = torch.eye(4)[1 : 1 + len(scores)]
+        own[:, 0] = torch.tensor(scores).logit()
+        return own
+
+    places = {
+        (0, "foreground"): of_scores(0.6, 0.5, 0.55),
+        (0, "context"): of_scores(0.53, 0.56, 0.04),
+    }
+    settings = LpcamSettings.from_preset("adaptive", restarts=1, clusters=3)
+    weight = torch.eye(2, 4) * torch.tensor([[1.0], [0.0]])
+
+    def kept(settings: LpcamSettings, side: str) -> list[float]:
+        part = getattr(made(places, settings, weight), side)
+        return sorted(round(score, 4) for score in part.scores[0][part.keep[0]].tolist())
+
+    assert kept(settings, "foreground") == [0.55, 0.6]
+    assert kept(settings, "context") == [0.53]  # 0.04 is below context_lower
+    fixed = settings.fixed(mu_f=0.9, mu_b=0.9)
+    assert kept(fixed, "foreground") == [0.6]
+    assert kept(fixed, "context") == [0.53, 0.56]
+
+
 def test_prototypes_do_not_depend_on_other_classes() -> None:
     places = {(0, "foreground"): rows(30), (0, "context"): rows(30, seed=1)}
     alone = made(places)

@@ -11,6 +11,7 @@ from torch import Tensor
 from lpcam.refine.crf import (
     CrfSettings,
     DenseCrf,
+    keep_seeds,
     unary_from_labels,
     unary_from_probabilities,
 )
@@ -156,3 +157,21 @@ def test_tiny_standard_deviations_are_refused() -> None:
     settings = CrfSettings.from_preset("irn", bilateral_srgb=1e-4)
     with pytest.raises(DataError, match="standard deviations are too small for the size"):
         DenseCrf(settings).refine_labels(picture(20, 20), torch.zeros(20, 20).long(), 2)
+
+
+def test_classes_that_vanish_keep_their_seed() -> None:
+    seed = torch.tensor([[1, 1, 1, 1, 2, 2, 0, 0]])
+    first = torch.tensor([[0.9, 0.4, 0.0, 0.0, 0.0, 0.0, 0.0, 0.7]])  # a quarter of its seed
+    second = torch.tensor([[0.0, 0.0, 0.6, 0.3, 0.0, 0.5, 0.0, 0.0]])  # nothing: 0.5 is not above
+    maps = torch.stack([first, second])
+    assert keep_seeds(maps, seed, 0.0) is maps
+    found = keep_seeds(maps, seed, 0.25)
+    assert torch.equal(found[0, 0, [0, 1, 2, 3, 6, 7]], first[0, [0, 1, 2, 3, 6, 7]])
+    assert found[:, 0, 4:6].tolist() == [[0.0, 0.0], [1.0, 1.0]]
+    assert torch.equal(found[1, 0, :4], second[0, :4])
+    found = keep_seeds(maps, seed, 0.3)  # more than a quarter is wanted now
+    expected = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0.7], [0, 0, 0, 0, 1, 1, 0, 0]])
+    assert torch.equal(found[:, 0], expected)
+    nothing = torch.zeros(1, 8, dtype=torch.int64)  # a class without a seed has none to keep
+    assert torch.equal(keep_seeds(maps, nothing, 0.3), maps)
+    assert keep_seeds(torch.zeros(0, 1, 8), nothing, 0.3).shape == (0, 1, 8)

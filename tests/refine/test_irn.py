@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
+from lpcam.data.map_files import MapFile
+from lpcam.data.resize import resize
+from lpcam.pipeline.recipe import RefineSection
 from lpcam.refine import irn
+from lpcam.refine.base import Job, Picture, Source
 from lpcam.refine.irn import IrnSettings, boundary_map, irn_loss
 from lpcam.refine.irn_network import build_irn
 from lpcam.refine.walk import pair_offsets, path
@@ -187,3 +192,55 @@ def test_boundary_map(fresh: Any) -> None:
     torch.testing.assert_close(found, torch.sigmoid(0.5 * logits + 0.5 * mirrored)[0])
     mirror = boundary_map(network, np.ascontiguousarray(image[:, ::-1]))
     torch.testing.assert_close(mirror, found.flip(-1))
+
+
+@pytest.mark.parametrize(
+    ("preset", "method", "shift", "expected"),
+    [
+        ("adaptive", "LPCAM-E", 0.2, 0.61),
+        ("adaptive", "LPCAM-E", 0.0, 0.41),
+        ("adaptive", "LPCAM-E", 0.8, 0.99),
+        ("official", "CAM", -0.1, 0.15),
+        # walked to the power of 1.5, so 0.64 is 0.8 ** 1.5 before it
+        ("default", "LPCAM", 0.1, (0.41 ** (2 / 3) + 0.1) ** 1.5),
+    ],
+)
+def test_the_threshold_moves_with_that_of_the_seeds(
+    preset: str, method: str, shift: float, expected: float
+) -> None:
+    section = RefineSection(method="irn", irn={"preset": preset})
+    source = Source(method, "maps", Path(), "key", 0.5, shift)
+    assert irn.REFINEMENT.threshold(section, source) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("walked", ["maps", "cleaned"])
+def test_what_walks(walked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The maps, or of each class the part within its seed, which the CRF drew to the border."""
+    seen: list[Tensor] = []
+
+    def propagate(maps: Tensor, *_: Any) -> Tensor:
+        seen.append(maps)
+        return maps
+
+    network = SimpleNamespace(folded=lambda: None)
+    network.to = lambda _: network
+    monkeypatch.setattr(irn.Irn, "load", lambda _: network)
+    monkeypatch.setattr(irn, "boundary_map", lambda *_: torch.zeros(6, 8))
+    monkeypatch.setattr(irn, "propagate", propagate)
+    image = torch.zeros(24, 32, 3, dtype=torch.uint8)
+    image[:, 16:] = torch.tensor([200, 40, 40], dtype=torch.uint8)
+    planes = torch.full((2, 24, 32), 0.3)
+    planes[1, :, 18:] = 0.8  # 2 pixels short of the colour's border
+    cam = resize(planes, (6, 8))
+    maps = MapFile(np.array([0, 3]), cam.numpy(), planes.numpy(), {})
+    section = RefineSection(method="irn", irn={"preset": "adaptive", "walked": walked})
+    lent: Any = SimpleNamespace(device=torch.device("cpu"), memory=None)
+    job = Job(section, Source("LPCAM-E", "lpcam_e", Path(), "key", 0.5), lent)
+    item: Any = SimpleNamespace(id="a")
+    irn.REFINEMENT.refiner(job, Path(), tmp_path)(Picture(item, maps, image, planes))
+    inside = planes.clone()
+    inside[0], inside[1, :, :16] = 0, 0
+    torch.testing.assert_close(seen[0], cam if walked == "maps" else resize(inside, (6, 8)))
+    assert (tmp_path / "boundaries" / "a.png").is_file()
+    keys = irn.REFINEMENT.key(job).keys()
+    assert ({"crf", "seed_threshold"} <= keys) == (walked == "cleaned")

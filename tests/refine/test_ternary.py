@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lpcam.refine.crf import CrfSettings, DenseCrf
+from lpcam.refine.irn import IrnSettings
 from lpcam.refine.ternary import crf_labels, ternary
 from lpcam.runtime.errors import DataError
 
@@ -55,3 +56,11 @@ def test_thresholds_come_before_the_crf() -> None:
 def test_maps_that_do_not_fit_are_refused() -> None:
     with pytest.raises(DataError, match=r"5, 7\)"):
         crf_labels(IRN, torch.zeros(5, 6, 3, dtype=torch.uint8), torch.zeros(1, 5, 7), (0.5,))
+
+
+def test_thresholds_move_with_those_of_the_seeds() -> None:
+    settings = IrnSettings.from_preset("official")
+    assert settings.ternary_thresholds("LPCAM") == (0.45, 0.25)
+    assert settings.ternary_thresholds("LPCAM", 0.2) == (0.65, 0.45)
+    assert settings.ternary_thresholds("LPCAM-E", -0.3) == (0.15, 0.01)  # of at least 0.01
+    assert settings.ternary_thresholds("CAM", 0.1) == (0.4, 0.15)
