@@ -680,7 +680,7 @@ def test_some_images_of_each_class_show_the_early_layers(
     for one, other in zip(*kept, strict=True):
         torch.testing.assert_close(one.layers[0], other.layers[0], atol=1e-2, rtol=0)
         assert one.bases["LPCAM"].shape[1:] == one.layers[0].shape[1:]
-    monkeypatch.setattr("lpcam.method.extractors.EARLY_MEMORY", 0)
+    monkeypatch.setattr("lpcam.method.early.MEMORY", 0)
     LPCAM(model, SETTINGS.fixed(scales=(1.0,)), early=some).fit([(images, which)])
     assert len(kept[2]) == len(kept[0])  # a batch that was begun is kept
     LPCAM(model, SETTINGS.fixed(scales=(1.0,)), early=some).fit(batches)

@@ -19,7 +19,6 @@ from lpcam.runtime.errors import ClassifierError
 COUNT = 2  #: Early layers: the last of the usual strides 8 and 16.
 SIDE = 224  #: Side, in pixels, of the image that shows the outputs of a model's layers.
 MOST_PREFIX = 16  #: Largest number of tokens, of class and registers, before those of places.
-MOST_MISSHAPE = 3.0  #: Of the grid of a map, which may be one cell high, and an image's sides.
 
 
 def early_layers(
@@ -118,17 +117,14 @@ def readings(names: Sequence[str], outputs: Sequence[Any], size: tuple[int, int]
     layout: Layout = "NCHW" if off[0] <= off[1] else "NHWC"
     found = []
     for name, shape in zip(names, shapes, strict=True):
-        if len(shape) == 4 and min(off) < MOST_MISSHAPE * len(shapes):
+        if len(shape) == 4:
             found.append(MapLayer(nn.Identity(), name, 0, layout))
         elif len(shape) == 3 and (fitting := _token_strides(shape[1], size)):
             prefix, stride = min(fitting)  # tokens of the class and registers come first
             layer = MapLayer(nn.Identity(), name, 0, "tokens", prefix, (stride, stride))
             found.append(layer)
         else:
-            raise ClassifierError(
-                f"the early layer {name!r} gives {shape}, not a map of an image "
-                f"{size[0]} x {size[1]}"
-            )
+            raise ClassifierError(f"the early layer {name!r} gives {shape}, not a map of {size}")
     return found
 
 

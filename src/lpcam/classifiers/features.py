@@ -91,10 +91,8 @@ def tapped_pyramid(
             pairs.append(pair)
             if scale == 1.0:
                 count = len(pair.features)
-                views = [single(view) for view in tap.take(size)]
-                early = [
-                    FeaturePair(v[:count], v[count:] if len(v) > count else None) for v in views
-                ]
+                views = [single(view).unflatten(0, (-1, count)) for view in tap.take(size)]
+                early = [FeaturePair._make((*view, None, None)[:3]) for view in views]
     return pairs[: len(scales)], early
 
 

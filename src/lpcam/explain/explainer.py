@@ -31,7 +31,7 @@ from lpcam.data.images import (
     to_rgb,
 )
 from lpcam.method.batches import class_indices
-from lpcam.method.early import EarlyPrototypes, method_name
+from lpcam.method.early import EarlyPrototypes
 from lpcam.method.extractors import CAM, EARLY, LPCAM
 from lpcam.method.image_maps import MOST_MASK_VALUES, ImageMaps, Scoring, class_scores, descending
 from lpcam.method.prototypes import Prototypes
@@ -70,8 +70,7 @@ class Explainer:
         precision: of a Classifier's forward passes.
         maximum_side: long side in pixels; longer images are mapped at this size.
         foreground_only: compute LPCAM-F (without context prototypes) instead of LPCAM.
-        early: prototypes of early layers, whose maps LPCAM-E take the place of LPCAM; None: those
-            of the LPCAM.
+        early: prototypes of early layers, for maps LPCAM-E instead; None: those of the LPCAM.
         reading: how image files are read, as the data set of the run was; arrays are taken as
             they are.
         made_by: provenance, added to every result.
@@ -156,7 +155,7 @@ class Explainer:
             "changed_from_preset": self.settings.model_dump(
                 mode="json", include=set(self.settings.changes())
             ),
-            "method": method_name(early, with_context=not foreground_only),
+            "method": "LPCAM-E" if early else "LPCAM-F" if foreground_only else "LPCAM",
             "scales": list(self.settings.scales),
             "flip": self.settings.flip,
             "attention_blocks": self.attention_blocks,

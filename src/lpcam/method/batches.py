@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lpcam.classifiers.features import full_precision, tensor_pyramid
+from lpcam.classifiers.linear import ProbeSettings, fit_head
+from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.dataset import nearest_name
 from lpcam.runtime.errors import BatchError, ClassifierError, PrototypeError, shortened
 
@@ -46,6 +49,34 @@ def read_batches(loader: Batches) -> Iterator[tuple[Any, Any]]:
         raise PrototypeError(
             "the loader gave no image; give one that yields batches each time that it is read"
         )
+
+
+def read_all(
+    loader: Batches, channels: int, classes: Sequence[str]
+) -> Iterator[tuple[Tensor, list[list[int]]]]:
+    """Images (B, c, H, W) and the class indices of each of them, of each batch."""
+    for given, labels in read_batches(loader):
+        images = read_images(given, channels)
+        yield images, read_labels(labels, len(images), classes)
+
+
+def with_new_head(source: WrappedModel, loader: Batches) -> WrappedModel:
+    """A source with a linear head that is fitted to the pooled features of a loader's images."""
+    check_readable_twice(loader, "fitting a new head")
+    settings = ProbeSettings.from_preset("default")
+    pooled, labels = [], []
+    for images, chosen in read_all(loader, source.channels_in, source.classes):
+        for classes in chosen:
+            labels.append(torch.zeros(len(source.classes)))
+            labels[-1][classes] = 1
+        with torch.no_grad(), full_precision(source.device):
+            (pair,) = tensor_pyramid(source, images.to(source.device), (1.0,), flip=settings.mirror)
+            views = [view.mean((-2, -1)) for view in pair if view is not None]
+            pooled.append(torch.stack(views, dim=1).float().cpu())
+    with torch.inference_mode(False), full_precision(torch.device("cpu")):
+        rows = torch.cat(pooled).clone()
+        weight = fit_head(rows, torch.stack(labels), settings, source.classes)
+    return source.with_head(weight.to(source.device))
 
 
 def check_readable_twice(loader: Batches, what: str) -> None:

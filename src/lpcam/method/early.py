@@ -10,7 +10,8 @@ of a layer, H x W the size of the maps, M centres.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -34,6 +35,7 @@ Base = Literal["CAM", "LPCAM"]
 Fusion = Literal["none", "fused", "alone"]
 IMAGES_PER_CLASS = 25  #: Least number of images of each class that are fitted, if there are.
 ITERATIONS = 12  #: Of k-means; more change nothing.
+MEMORY = 2**31  #: Bytes of features that are kept of the images of a loader.
 NONE = -2.0  #: Cosine of a missing centre, below every other.
 SMALLEST = 1e-6  #: Lower bound of a standard deviation that a map is divided by.
 
@@ -200,11 +202,48 @@ class EarlyPrototypes:
             )
 
 
-def method_name(early: EarlyPrototypes | None, *, with_context: bool) -> str:
-    """Name of the maps of prototypes, for provenance."""
-    if early is not None:
-        return "LPCAM-E"
-    return "LPCAM" if with_context else "LPCAM-F"
+def early_images(
+    batches: Iterable[tuple[Tensor, list[list[int]]]],
+    see: Callable[[Tensor, list[list[int]]], tuple[list[Tensor], list[FeaturePair]]],
+    counts: Mapping[int, int],
+    settings: EarlySettings,
+    seed: int,
+    base: Base,
+    dtype: torch.dtype,
+) -> list[EarlyImage]:
+    """Some images of batches of images and labels, drawn so that each class has as many.
+
+    ``see`` gives base maps of images and features of early layers; ``counts`` says how many images
+    have each class. Rather fewer are kept than would take more than `MEMORY`.
+    """
+    share = max(settings.images / max(1, len(counts)), IMAGES_PER_CLASS)
+    kept: list[EarlyImage] = []
+    number, room, most = 0, MEMORY, torch.finfo(dtype).max
+    for images, labels in batches:
+        taken = []
+        for place, own in enumerate(labels, start=number):
+            rarest = min((counts.get(index, 0) for index in own), default=math.inf)
+            if float(torch.rand((), generator=drawn(f"{seed}/{place}"))) * rarest < share:
+                taken.append(place - number)
+        number += len(labels)
+        if not taken or room < 0:
+            continue
+        chosen = [labels[place] for place in taken]
+        maps, layers = see(images[taken], chosen)
+        for place, (classes, of_image) in enumerate(zip(chosen, maps, strict=True)):
+            features = [p.features[place].clamp(-most, most).to(dtype).cpu() for p in layers]
+            # pooled as it will be; nothing is judged, so colours are not kept
+            grid = features[0].shape[-2], features[0].shape[-1]
+            small = F.adaptive_avg_pool2d(of_image.float(), grid).cpu()
+            kept.append(EarlyImage(classes, features, {base: small}, torch.empty(0)))
+            room -= sum(one.nbytes for one in (*features, small))
+    return kept
+
+
+def drawn(key: str) -> torch.Generator:
+    """A generator whose numbers depend on a key alone."""
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def mean_features(images: Iterable[EarlyImage]) -> tuple[Tensor, ...]:
@@ -301,9 +340,7 @@ def _sample(
         combined = standardised(before.combined(layers, image.classes, grid))
         guide = normalize(guide * combined.sigmoid().sqrt())
     flat = guide.flatten(1)
-    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
-    order = torch.randperm(flat.shape[1], generator=generator)
+    order = torch.randperm(flat.shape[1], generator=drawn(key))
     outside = flat.amax(0)[order] < settings.context
     found = []
     unit_features = [

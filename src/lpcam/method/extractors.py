@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import operator
-import random
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, replace
@@ -14,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Literal, Self, overload
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -31,22 +28,23 @@ from lpcam.classifiers.features import (
     weights_state,
     with_scale_one,
 )
-from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.search import Pool
 from lpcam.classifiers.wrapped import Head, TargetLayer, WrappedModel, wrap
 from lpcam.method.batches import (
     Batches,
     check_readable_twice,
     class_indices,
+    read_all,
     read_batches,
     read_images,
     read_labels,
+    with_new_head,
 )
-from lpcam.method.early import IMAGES_PER_CLASS, Base, EarlyImage, EarlyPrototypes, fit_early
+from lpcam.method.early import Base, EarlyPrototypes, early_images, fit_early
 from lpcam.method.functional import cam_of_pair, fuse_scales, lpcam_of_pair, zeros_on_demand
 from lpcam.method.multi_scale import OfPair, maps_of, present_maps, single_scale_cam
 from lpcam.method.prototypes import Prototypes, make_prototypes
-from lpcam.method.reservoir import Reservoir, collect
+from lpcam.method.reservoir import RandomState, Reservoir, collect, drawn_seed
 from lpcam.method.settings import EarlySettings, LpcamSettings
 from lpcam.method.vit import PositionFree, attended_pyramid
 from lpcam.runtime.errors import BatchError, ClassifierError, NotFittedError, PrototypeError
@@ -57,12 +55,10 @@ if TYPE_CHECKING:
 
 PresentMaps = list[tuple[Tensor, Tensor]]
 """For each image the indices (K,) of its K classes, in increasing order, and maps (K, H, W)."""
-RandomState = int | np.random.RandomState | np.random.Generator | None
 PRESET = "voc12.official"
 HEAD = "head.weight"  #: Name of the rows of a new head in a file of prototypes.
 SAMPLE = "reservoir."  #: Start of the names of local features in a file of prototypes.
 EARLY = "early"  #: Start of the names of early prototypes in a file, and of their description.
-EARLY_MEMORY = 2**31  #: Bytes of early layers' features that are kept to fit them.
 
 
 @dataclass(eq=False, repr=False)
@@ -105,7 +101,7 @@ class CAM:
 
     def _reset(self) -> None:
         self._source: Source | None = None
-        self._early: EarlyPrototypes | None = None
+        self.early_: EarlyPrototypes | None = None  #: For maps LPCAM-E; None: plain maps.
 
     def __repr__(self) -> str:
         model = self.model if isinstance(self.model, WrappedModel) else type(self.model).__name__
@@ -208,18 +204,15 @@ class CAM:
         with full_precision(source.device):
             of_pair, rows, epsilon = self._rule(None if chosen is None else set().union(*chosen))
             pairs, early = self._pairs(images)
-            if chosen is None:
+            if chosen is None and self.early_ is None:
                 fused = [maps_of(of_pair, pair, rows) for pair in pairs]
-                every = fuse_scales(fused, size, epsilon=epsilon).high_res
-                if self._early is None:
-                    return every.to(images.device)
-                found, chosen = list(every), [list(range(count))] * len(images)
-            else:
-                found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
-            if self._early is not None:
+                return fuse_scales(fused, size, epsilon=epsilon).high_res.to(images.device)
+            chosen = [list(range(count))] * len(images) if chosen is None else chosen
+            found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
+            if self.early_ is not None:
                 for place, classes in enumerate(chosen):
                     layers = [image_of(pair, place) for pair in early]
-                    found[place] = self._early.maps(found[place], layers, classes)
+                    found[place] = self.early_.maps(found[place], layers, classes)
         found = [maps.to(images.device) for maps in found]
         if present:
             indices = [torch.tensor(c, dtype=torch.int64, device=images.device) for c in chosen]
@@ -234,7 +227,7 @@ class CAM:
     ) -> tuple[Iterable[FeaturePair], list[FeaturePair]]:
         """Features at each scale, and of early layers (those fitted, or these) at scale 1."""
         source, own, blocks = self.source_, self.settings_, self.attention_blocks
-        layers = layers if self._early is None else self._early.layers
+        layers = layers if self.early_ is None else self.early_.layers
         given = source, images.to(source.device)
         pyramid = partial(attended_pyramid, *given, flip=own.flip, blocks=blocks)
         return tapped_pyramid(source, pyramid, own.scales, layers, _size(images))
@@ -345,11 +338,6 @@ class LPCAM(CAM):
                 )
         return self._prototypes
 
-    @property
-    def early_(self) -> EarlyPrototypes | None:
-        """Prototypes of early layers; None where the maps are plain LPCAM."""
-        return self._early
-
     def fit(self, loader: Batches) -> Self:
         """Collect local features, cluster, score and select prototypes (equations 2 to 4).
 
@@ -373,12 +361,12 @@ class LPCAM(CAM):
                 check_readable_twice(loader, "fitting early layers")
                 layers = early_layers_of(source)
             if isinstance(source, WrappedModel) and source.needs_head:
-                self._source = self._with_new_head(source, loader)
+                self._source = with_new_head(source, loader)
             for images, labels in read_batches(loader):
                 self._add(images, labels)
             _ = self.prototypes_
             if self.early:
-                self._early = self._fit_early(loader, layers)
+                self.early_ = self._fit_early(loader, layers)
         except BaseException:
             # A later partial_fit must not add to a part of this loader.
             self._reset()
@@ -394,59 +382,26 @@ class LPCAM(CAM):
         self.fit(loader)
         return ((images, labels, self(images, labels)) for images, labels in read_batches(loader))
 
-    def _with_new_head(self, source: WrappedModel, loader: Batches) -> WrappedModel:
-        """Fit a linear head to the pooled features of a loader's images."""
-        check_readable_twice(loader, "fitting a new head")
-        settings = ProbeSettings.from_preset("default")
-        pooled, labels = [], []
-        for given, own in read_batches(loader):
-            images = read_images(given, source.channels_in)
-            for classes in read_labels(own, len(images), source.classes):
-                labels.append(torch.zeros(len(source.classes)))
-                labels[-1][classes] = 1
-            with torch.no_grad(), full_precision(source.device):
-                images, flip = images.to(source.device), settings.mirror
-                (pair,) = tensor_pyramid(source, images, (1.0,), flip=flip)
-                views = [view.mean((-2, -1)) for view in pair if view is not None]
-                pooled.append(torch.stack(views, dim=1).float().cpu())
-        with torch.inference_mode(False), full_precision(torch.device("cpu")):
-            rows = torch.cat(pooled).clone()
-            weight = fit_head(rows, torch.stack(labels), settings, source.classes)
-        return source.with_head(weight.to(source.device))
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def _fit_early(self, loader: Batches, layers: Sequence[str]) -> EarlyPrototypes:
         """Prototypes of early layers from some images of a loader, of each class as many."""
+        source, seed = self.source_, self.prototypes_.made_by["random_state"]
         own = self.early if isinstance(self.early, EarlySettings) else self.settings_.early
-        settings, seed = own or EarlySettings(), self.prototypes_.made_by["random_state"]
+        settings = own or EarlySettings()
         base: Base = "CAM" if settings.base == "CAM" else "LPCAM"
-        share = max(settings.images / max(1, len(self._counts)), IMAGES_PER_CLASS)
         of_pair, rows, epsilon = CAM._rule(self, None) if base == "CAM" else self._rule(None)
-        kept: list[EarlyImage] = []
-        number, room, most = 0, EARLY_MEMORY, torch.finfo(self.dtype).max
-        for given, own_labels in read_batches(loader):
-            images = read_images(given, self.source_.channels_in)
-            labels = read_labels(own_labels, len(images), self.source_.classes)
-            draws = [random.Random(f"{seed}/{number + n}").random() for n in range(len(labels))]
-            rarest = [min((self._counts[index] for index in c), default=0) for c in labels]
-            taken = [n for n, count in enumerate(rarest) if count and draws[n] * count < share]
-            number += len(images)
-            if not taken or room < 0:
-                continue
-            chosen = [labels[place] for place in taken]
-            with full_precision(self.source_.device):
-                pairs, early = self._pairs(images[taken], layers)
-                maps = present_maps(of_pair, pairs, rows, chosen, _size(images), epsilon=epsilon)
-            for place, (classes, of_image) in enumerate(zip(chosen, maps, strict=True)):
-                views = [pair.features[place].clamp(-most, most) for pair in early]
-                features = [view.to(self.dtype).cpu() for view in views]
-                # pooled as it will be; nothing is judged, so colours are not kept
-                small = F.adaptive_avg_pool2d(of_image.float(), _size(features[0])).cpu()
-                kept.append(EarlyImage(classes, features, {base: small}, torch.empty(0)))
-                room -= sum(one.nbytes for one in (*features, small))
+
+        def see(images: Tensor, chosen: list[list[int]]) -> tuple[list[Tensor], list[FeaturePair]]:
+            with full_precision(source.device):
+                pairs, early = self._pairs(images, layers)
+                how = rows, chosen, _size(images)
+                return present_maps(of_pair, pairs, *how, epsilon=epsilon), early
+
+        batches = read_all(loader, source.channels_in, source.classes)
+        kept = early_images(batches, see, self._counts, settings, seed, base, self.dtype)
         own_key: dict[str, Any] = {"base": base, "fingerprint": self._fingerprint}
-        *_, found = fit_early(kept, self.source_.classes, layers, settings, seed=seed, **own_key)
+        *_, found = fit_early(kept, source.classes, layers, settings, seed=seed, **own_key)
         return replace(found, fusion="fused" if settings.fusion == "auto" else settings.fusion)
 
     def partial_fit(self, images: Any, labels: Any) -> Self:
@@ -456,11 +411,8 @@ class LPCAM(CAM):
         ``load`` it goes on from a file that was saved with ``reservoir=True``; others raise
         PrototypeError, and so do early layers, which need all images at once.
         """
-        if self.early or self._early is not None:
-            raise PrototypeError(
-                "early layers are fitted by fit(loader), which reads all images again; "
-                "partial_fit cannot: give early=False, or call fit"
-            )
+        if self.early or self.early_ is not None:
+            raise PrototypeError("partial_fit cannot fit early layers, which fit(loader) does")
         return self._add(images, labels)
 
     @torch.no_grad()
@@ -490,7 +442,9 @@ class LPCAM(CAM):
                     "them with reservoir=True, or call fit(loader)"
                 )
             self._take(source)
-            self._reservoir = Reservoir(settings.max_features, self._seed(), self.dtype)
+            self._reservoir = Reservoir(
+                settings.max_features, drawn_seed(self.random_state), self.dtype
+            )
         self._check_weights()
         if not self._loaded:
             return
@@ -530,20 +484,9 @@ class LPCAM(CAM):
             self._counts.update(classes)
             self._images += 1
 
-    def _seed(self) -> int:
-        """The integer that ``random_state`` is, or one drawn from it."""
-        given: Any = np.random.default_rng() if self.random_state is None else self.random_state
-        if hasattr(given, "__index__"):
-            return operator.index(given)
-        if draw := getattr(given, "integers", getattr(given, "randint", None)):
-            return int(draw(2**31 - 1))
-        raise ValueError(
-            f"random_state is an integer, None, a RandomState or a Generator, not {given!r:.60}"
-        )
-
     def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
         vectors = self._vectors(classes)
-        if self._early is not None and self._early.base == "CAM":
+        if self.early_ is not None and self.early_.base == "CAM":
             return super()._rule(classes)
         return lpcam_of_pair, vectors, 0.0
 
@@ -588,7 +531,7 @@ class LPCAM(CAM):
                 source.classes,
                 scores,
                 settings,
-                early=self._early,
+                early=self.early_,
                 layers=[image_of(pair) for pair in early],
                 image=picture,
                 name=name,
@@ -604,9 +547,9 @@ class LPCAM(CAM):
         prototypes, source = self.prototypes_, self.source_
         new = isinstance(source, WrappedModel) and source.new_head
         extra, metadata = {HEAD: source.weight} if new else {}, dict[str, Any]()
-        if self._early is not None:
-            extra |= self._early.tensors()
-            metadata[EARLY] = self._early.described()
+        if self.early_ is not None:
+            extra |= self.early_.tensors()
+            metadata[EARLY] = self.early_.described()
         if reservoir:
             if self._reservoir is None:
                 raise PrototypeError("these prototypes were loaded without their local features")
@@ -639,13 +582,10 @@ class LPCAM(CAM):
                 source = replace(source, classes=prototypes.classes)
         prototypes.check_source(source, str(path))
         if self.early and EARLY not in metadata:
-            raise PrototypeError(
-                f"{path} has no early prototypes; fit and save them with early=True, or load it "
-                "into an LPCAM with early=False"
-            )
+            raise PrototypeError(f"{path} has no early prototypes; give early=False, or fit again")
         self._take(source, prototypes)
         if EARLY in metadata:
-            self._early = EarlyPrototypes.of_file(tensors, metadata[EARLY])
+            self.early_ = EarlyPrototypes.of_file(tensors, metadata[EARLY])
         if kept := metadata.get("reservoir"):
             sample = {n.removeprefix(SAMPLE): t for n, t in tensors.items() if n.startswith(SAMPLE)}
             dtype = next((t.dtype for n, t in sample.items() if n.endswith("rows")), self.dtype)

@@ -63,9 +63,8 @@ class LPCAMHead(nn.Module):
         self._described = None if early is None else early.described()
         tensors: dict[str, Any] = {"weight": weight, "vectors": vectors, "bias": bias}
         for name, values in {**tensors, **({} if early is None else early.tensors())}.items():
-            self.register_buffer(
-                name.replace(".", "_"), None if values is None else values.detach().clone()
-            )
+            own = None if values is None else values.detach().clone()
+            self.register_buffer(name.replace(".", "_"), own)
 
     @classmethod
     def from_lpcam(cls, lpcam: LPCAM, *, normalize: Normalize | None = "max") -> Self:
@@ -121,10 +120,7 @@ class LPCAMHead(nn.Module):
         return F.linear(pooled, self.weight, self.bias), maps
 
     def activation(self, features: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """Maps of equation 6 before their normalisation; arguments as in :meth:`forward`.
-
-        Those of equation 1 if the early layers start from CAM.
-        """
+        """Maps of equation 6 (1 for early layers on CAM), not normalised; see :meth:`forward`."""
         if features.ndim != 4 or features.shape[1] != self.vectors.shape[1]:
             raise ValueError(
                 f"expected features (B, {self.vectors.shape[1]}, h, w), got {features.shape}"

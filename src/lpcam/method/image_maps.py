@@ -87,10 +87,7 @@ class ImageMaps:
         layers: Sequence[FeaturePair] = (),
         **values: Any,
     ) -> Self:
-        """The maps of the ``chosen`` of all classes from features of one image of a size (h, w).
-
-        With ``early``, and features of its ``layers``, the maps ``lpcam`` are LPCAM-E.
-        """
+        """The maps of the ``chosen`` of all classes from features of one image of a size (h, w)."""
         # NumPy arrays, because inference tensors cannot be used everywhere.
         cam, lpcam = (np.zeros((len(chosen), *size), np.float32) for _ in METHOD_NAMES)
         for start in range(0, len(chosen), CLASSES_TOGETHER):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +23,21 @@ from lpcam.runtime.files import read_tensors, write_tensors
 
 SideName = Literal["foreground", "context"]
 SIDES: tuple[SideName, SideName] = ("foreground", "context")
+
+
+RandomState = int | np.random.RandomState | np.random.Generator | None
+
+
+def drawn_seed(given: RandomState) -> int:
+    """The integer that a ``random_state`` is, or one drawn from it."""
+    state: Any = np.random.default_rng() if given is None else given
+    if hasattr(state, "__index__"):
+        return operator.index(state)
+    if draw := getattr(state, "integers", getattr(state, "randint", None)):
+        return int(draw(2**31 - 1))
+    raise ValueError(
+        f"random_state is an integer, None, a RandomState or a Generator, not {given!r:.60}"
+    )
 
 
 def collect(

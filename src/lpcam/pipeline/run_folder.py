@@ -161,10 +161,10 @@ class RunFolder:
         classifier = Classifier.load(self._finished(self.classifier, "classify"))
         path = self._finished(self.prototypes(), "prototypes")
         method: Method = "LPCAM" if recipe.seed_method == "CAM" else recipe.seed_method
-        early = None
+        fingerprint, early = classifier.fingerprint(), None
         if method == "LPCAM-E":
             early = EarlyPrototypes.load(
-                self._finished(self.early, "early"), fingerprint=classifier.fingerprint()
+                self._finished(self.early, "early"), fingerprint=fingerprint
             )
         values: dict[str, Any] = {
             "threshold": self._threshold(recipe, method),
@@ -176,7 +176,7 @@ class RunFolder:
         probe, long_side = recipe.classifier.probe, recipe.classifier.finetune.long_side
         return Explainer(
             classifier.to(choose_device(device)),
-            Prototypes.load(path, fingerprint=classifier.fingerprint()),
+            Prototypes.load(path, fingerprint=fingerprint),
             recipe.lpcam.fixed(**values),
             mask_ids=self._mask_ids(recipe, len(classifier.classes)),
             # whole images at the middle training size, as the classifier is validated

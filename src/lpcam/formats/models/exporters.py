@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.formats.models.onnx import (
+    TRACED_SIZE,
     ExportModule,
     ExportParity,
     Outputs,
@@ -107,7 +108,7 @@ def _size(
     """Size of the traced image, and whether the file takes other sizes."""
     fixed = model.fixed_size
     if size is None:
-        size = model.example_size
+        size = fixed or rounded_up(TRACED_SIZE, model.multiple)
     if (fixed is not None and size != fixed) or size != rounded_up(size, model.multiple):
         wanted = f"multiples of {model.multiple}" if fixed is None else f"{fixed[0]} x {fixed[1]}"
         raise ArtefactError(f"size {size[0]} x {size[1]} does not fit: the model takes {wanted}")

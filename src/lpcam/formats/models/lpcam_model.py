@@ -23,7 +23,7 @@ from lpcam.classifiers.tracing import device_of, evaluation_mode
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
 from lpcam.formats.models.onnx import TRACED_SIZE, rounded_up
-from lpcam.method.early import EarlyPrototypes, method_name
+from lpcam.method.early import EarlyPrototypes
 from lpcam.method.extractors import LPCAM
 from lpcam.method.head import LPCAMHead, Normalize
 from lpcam.runtime.errors import ArtefactError, ClassifierError
@@ -85,19 +85,17 @@ class LPCAMModel(nn.Module):
         self.spec = spec
         self.made_by = dict(made_by or {})
         early = head.early
-        self._tap = None if early is None else Tap(_layered(backbone), early.layers)
+        root = backbone.model if isinstance(backbone, _WrappedFeatures) else backbone
+        root = backbone.classifier.backbone if isinstance(backbone, _Features) else root
+        self._tap = None if early is None else Tap(root, early.layers)
         if len(self.classes) != count:
             raise ValueError(f"got {len(self.classes)} names for {count} classes")
         self.eval()
         if self._tap is not None:  # sees how the layers are read, before sizes become symbols
             like = next(backbone.parameters(), head.weight)
             with torch.no_grad():
-                self.features(like.new_zeros(1, channels, *self.example_size))
-
-    @property
-    def example_size(self) -> tuple[int, int]:
-        """(H, W) of images that the model takes."""
-        return self.fixed_size or rounded_up(TRACED_SIZE, self.multiple)
+                size = fixed_size or rounded_up(TRACED_SIZE, multiple)
+                self.features(like.new_zeros(1, channels, *size))
 
     @classmethod
     def from_lpcam(
@@ -129,7 +127,7 @@ class LPCAMModel(nn.Module):
             preprocessing = preprocessing or source.preprocessing
         made_by = {
             "fingerprint": lpcam.prototypes_.fingerprint,
-            "method": method_name(lpcam.early_, with_context=lpcam.with_context),
+            "method": "LPCAM-E" if lpcam.early_ else "LPCAM" if lpcam.with_context else "LPCAM-F",
             "settings": lpcam.prototypes_.made_by.get("settings"),
             "versions": versions(),
         }
@@ -340,13 +338,6 @@ def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str 
         licence=licence or "Not stated.",
         settings=json.dumps(model.made_by.get("settings"), indent=2, sort_keys=True),
     )
-
-
-def _layered(backbone: nn.Module) -> nn.Module:
-    """The module whose layers a model's early layers are."""
-    if isinstance(backbone, _Features):
-        return backbone.classifier.backbone
-    return backbone.model if isinstance(backbone, _WrappedFeatures) else backbone
 
 
 class _Features(nn.Module):
