@@ -175,6 +175,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--runs", type=Path, help="folder where runs are kept")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--refine", default=None, help="refinement of the adaptive runs")
+    arguments.add_argument("--sets", nargs="*", help="names of the sets, else all")
     options = arguments.parse_args(argv)
     count, threads = (1 if options.quick else options.seeds), options.threads[-1]
     with TemporaryDirectory() as temporary:
@@ -185,6 +186,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shared = {"run.threads": threads}
         if options.refine:
             shared["refine.method"] = options.refine
+        if options.refine == "irn":
+            shared["refine.irn.preset"] = "adaptive"
         sets: list[tuple[str, str | Path, dict[str, Any]]] = [
             (DEMO, "demo", {"data.root": str(runs / "drawings")})
         ]
@@ -206,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = [
             measure(name, recipe, {**shared, **changes}, runs, count)
             for name, recipe, changes in sets
+            if not options.sets or name in options.sets
         ]
     headings = [
         "set",
