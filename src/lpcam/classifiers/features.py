@@ -91,7 +91,7 @@ def tapped_pyramid(
             pairs.append(pair)
             if scale == 1.0:
                 count = len(pair.features)
-                views = [single(view).unflatten(0, (-1, count)) for view in tap.take(size)]
+                views = [v.reshape(-1, count, *v.shape[1:]) for v in map(single, tap.take(size))]
                 early = [FeaturePair._make((*view, None, None)[:3]) for view in views]
     return pairs[: len(scales)], early
 
