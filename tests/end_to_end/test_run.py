@@ -138,7 +138,9 @@ def test_rows_have_every_field(base: Values) -> None:
     assert set(found) == {
         *("rows", "curves", "skipped", "prototype_events", "classifier_history", "command"),
         *("host_history", "refine_history", "segmenter_history", "protocol"),
+        *("choices", "verdicts"),
     }
+    assert (found["choices"], found["verdicts"]) == ([], {})  # the preset fixes everything
     kinds = [(row["method"], row["threshold_source"]) for row in found["rows"]]
     assert kinds == [(m, s) for m in METHODS for s in ("ground truth", "fixed")]
     loaded = Classifier.load(Path(base["run"]["folder"], "classifier/classifier.safetensors"))
