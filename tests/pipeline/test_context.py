@@ -46,7 +46,11 @@ def test_a_later_verdict_takes_the_doubt_away(context: Any) -> None:
 
 def test_a_verdict_without_features(context: Any) -> None:
     Context.judge(context, "CAM", {**JUDGED, "by_features": None})
-    assert context.told[0][2] == "colours say 0.41"
+    assert [(key, value) for key, value, _ in context.told] == [
+        ("early layers", "none"),
+        ("threshold of CAM", "0.44"),
+    ]
+    assert context.told[1][2] == "colours say 0.41"
 
 
 def scales_of(

@@ -374,6 +374,8 @@ class Context:
             reason = f"colours say {verdict['by_colours']:.2f}"
             if verdict["by_features"] is not None:
                 reason += f", features {verdict['by_features']:.2f}"
+            else:
+                self.chose("early layers", "none", "none are found in the backbone")
         self.chose(f"threshold of {method}", f"{verdict['threshold']:.2f}", reason)
         doubt = f"the threshold of {method} is doubtful: "
         self.warnings = tuple(one for one in self.warnings if not one.startswith(doubt))
@@ -395,8 +397,7 @@ class Context:
             return ()
         try:
             return early_layers(classifier.backbone)
-        except ClassifierError as error:
-            self.chose("early layers", "none", str(error))
+        except ClassifierError:
             return ()
 
     @property

@@ -46,7 +46,6 @@ def sharpen(context: Context) -> Iterator[Task]:
         "classifier": classifier["digest"],
         "maps": {base: context.results[RESULTS[base]].key for base in bases},
         "features": context.recipe.maps.features_key(),
-        "layers": list(context.early_layers),
         "settings": settings.model_dump(mode="json"),
         "seed": context.recipe.run.seed,
         "images": context.digest(context.items("maps")),

@@ -15,7 +15,7 @@ from lpcam.evaluation.judge import AGREEMENT, THRESHOLDS, colour_bins, curves, s
 from lpcam.evaluation.segmentation import DEFAULT_THRESHOLDS, ThresholdSweep, best_threshold
 from lpcam.method.seeds import seeds
 from lpcam.method.settings import METHODS
-from lpcam.pipeline.cache import Output, Result, Task
+from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.run_folder import RESULTS
 
@@ -30,12 +30,10 @@ def judged(context: Context, method: str, result: Result) -> Iterator[Task]:
     if not context.recipe.chooses_threshold(method):
         return
     items, preferred = sampled(context, IMAGES), context.results.get(RESULTS["LPCAM-E"])
-    layers = list(context.early_layers)
     parts = {
         "revision": 1,
         "maps": result.key,
-        "layers": layers,
-        "features": context.recipe.maps.features_key() if layers else None,
+        "classifier": classifier_key(context),
         "images": context.digest(items),
     }
     name = f"judge/{result.name}"
@@ -53,6 +51,13 @@ def judged(context: Context, method: str, result: Result) -> Iterator[Task]:
     task = context.task(name, parts, [], work)
     yield task
     context.judge(method, task.results[0].output)
+
+
+def classifier_key(context: Context) -> Record | None:
+    """Everything that features of early layers depend on, as JSON; None without a classifier."""
+    classifier = context.results.get("classifier")
+    features = context.recipe.maps.features_key()
+    return None if classifier is None else {**features, "digest": classifier.output["digest"]}
 
 
 def curves_of(

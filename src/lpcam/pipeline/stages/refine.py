@@ -27,7 +27,7 @@ from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context, FileOf, Given, one_network, required
 from lpcam.pipeline.run_folder import RESULTS, mask_path, refined_map_path
 from lpcam.pipeline.stages.classify import build_classifier
-from lpcam.pipeline.stages.judge import curves_of, sampled
+from lpcam.pipeline.stages.judge import classifier_key, curves_of, sampled
 from lpcam.refine.base import (
     DECIDED,
     Job,
@@ -281,12 +281,11 @@ def _choose(context: Context, source: Source) -> Iterator[Task]:
     job = _with_crf(Job(required(context.recipe.refine), source, tools(context)))
     items = sampled(context, GATE_IMAGES)
     places = {item.id: place for place, item in enumerate(items)}
-    layers = list(context.early_layers)
     parts = {
         "revision": 1,
         "maps": source.key,
         "images": context.digest(items),
-        "layers": layers,
+        "classifier": classifier_key(context),
         **job.section.refinement.key(job),
     }
 
