@@ -279,8 +279,10 @@ def test_every_refinement(plain: Values, tmp_path: Path, method: str) -> None:
     values = changed(
         in_folder(plain, tmp_path / "run"),
         maps={**plain["maps"], "maximum_side": 40},
-        refine={"method": method, "maps": ["LPCAM"], method: SMALL.get(method, {})},
+        refine={"method": method, "maps": ["LPCAM"]},
     )
+    if refinement.settings is not None:
+        values["refine"][method] = SMALL.get(method, {})
     if refinement.uses_saliency:
         values["data"]["saliency"] = "computed"
     rows = go(values).rows
@@ -295,14 +297,19 @@ def test_every_refinement(plain: Values, tmp_path: Path, method: str) -> None:
         assert np.isfinite(maps.high_res).all() and 0 <= maps.high_res.max(initial=0) <= 1.001
     assert not read_index_mask(folder / "i03.png").any()  # no label
     fixed = {r["method"]: r for r in rows if r["threshold_source"] == "fixed"}
+    if method == "auto":
+        found = json.loads((tmp_path / "run" / "metrics.json").read_text())["choices"]
+        assert [one["key"] for one in found] == ["refinement of LPCAM"]
+        refinement = REFINEMENTS[found[0]["value"]]
     row = fixed[f"LPCAM + {refinement.title}"]
     assert row["miou"] > fixed["LPCAM"]["miou"] - 0.25
     recipe = parse_recipe(values, where="tiny.yaml")
     assert recipe.refine is not None
     assert row["protocol"]["crf"] == refinement.crf_use(recipe.refine)
-    assert row["protocol"]["refine"][method] == json.loads(
-        json.dumps(recipe.refine.settings.model_dump())
-    )
+    if recipe.refine.settings is not None:
+        assert row["protocol"]["refine"][method] == json.loads(
+            json.dumps(recipe.refine.settings.model_dump())
+        )
     histories = json.loads((tmp_path / "run" / "metrics.json").read_text())["refine_history"]
     assert set(histories) == ({"lpcam"} if isinstance(refinement, LearnedRefinement) else set())
     before = times(tmp_path / "run")

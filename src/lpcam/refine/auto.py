@@ -31,6 +31,8 @@ class _ChosenRefinement(CrfRefinement):
     Classes of an image of which the CRF would leave next to nothing keep their seed.
     """
 
+    settings = None  # type: ignore[assignment]  # the CRF has those of ``refine.crf``
+
     def described(self, section: base.RefineSection, tools: base.Tools) -> dict[str, Any]:
         return section.model_dump(mode="json", include={"method", "crf"})
 
