@@ -42,7 +42,7 @@ def test_the_recipe_works_on_what_was_drawn(tmp_path: Path, recipes: list[Recipe
     assert result.folder == recipe.folder == tmp_path / "demo"
     assert recipe.data.root == tmp_path / "demo" / "data"
     assert recipe.run.threads == 1
-    assert recipe.seeds.threshold is None  # one preset, no threshold picked by hand
+    assert recipe.seeds.threshold is None  # the run chooses it
     assert Path(recipe.classifier.weights).is_file()
     data = read_folder(recipe.data.root)
     assert len(data.items) == 3
@@ -112,8 +112,8 @@ def test_end_to_end(tmp_path: Path) -> None:
     result = demo(tmp_path, 1, "lpcam demo", images=48, size=64)
     assert {(row["method"], row["threshold_source"]) for row in result.rows} == {
         (method, source)
-        for method in ("CAM", "LPCAM-F", "LPCAM")
-        for source in ("ground truth", "fixed")
+        for method in ("CAM", "LPCAM-F", "LPCAM", "LPCAM-E")
+        for source in ("ground truth", "automatic")
     }
     for row in result.rows:
         assert row["images"] == 48

@@ -83,7 +83,7 @@ class SheetRow:
     image: NDArray[np.uint8]  #: (H, W, 3) RGB
     name: str
     cam: NDArray[np.float32]  #: (H, W) in [0, 1], of the class
-    lpcam: NDArray[np.float32]  #: (H, W) in [0, 1], of the class
+    lpcam: NDArray[np.float32]  #: (H, W) in [0, 1], of the class, by LPCAM or LPCAM-E
     seed: NDArray[np.uint8]  #: (H, W) mask ids, all classes of the image
     truth: NDArray[np.uint8] | None  #: (H, W) mask ids, or None where there is no mask
 
@@ -105,9 +105,9 @@ def choose_rows(items: Sequence[Item], count: int) -> list[tuple[Item, int]]:
     return list(chosen.values())[:count]
 
 
-def sheet(rows: Sequence[SheetRow], *, mask_title: str = "seed") -> bytes:
-    """Draw the rows as one PNG: image, CAM, LPCAM, seed and, if any row has it, truth."""
-    titles = ["image", "CAM", "LPCAM", mask_title]
+def sheet(rows: Sequence[SheetRow], *, map_title: str = "LPCAM", mask_title: str = "seed") -> bytes:
+    """Draw the rows as one PNG: image, CAM, the other map, mask and, if any row has it, truth."""
+    titles = ["image", "CAM", map_title, mask_title]
     titles += ["truth"] * any(row.truth is not None for row in rows)
     sheet_size = (len(titles) * (CELL + GAP) + GAP, TITLE + len(rows) * (CELL + GAP) + GAP)
     canvas = Image.new("RGB", sheet_size, "white")

@@ -274,7 +274,7 @@ def _write_sheet(context: Context) -> None:
         place = item.labels.index(index)
         cam, lpcam = (
             read_maps(map_path(context.folder / name, item.id)).high_res[place]
-            for name in ("cam", "lpcam")
+            for name in ("cam", RESULTS[context.methods[-1]])
         )
         rows.append(
             SheetRow(
@@ -286,7 +286,7 @@ def _write_sheet(context: Context) -> None:
                 None if item.mask is None else item.read_mask(),
             )
         )
-    write_bytes(context.folder.sheet, sheet(rows))
+    write_bytes(context.folder.sheet, sheet(rows, map_title=context.methods[-1]))
 
 
 def dataset_name(context: Context) -> str:
