@@ -60,3 +60,13 @@ def test_sheet_has_a_column_for_each_picture(*, truth: bool) -> None:
     assert at(1, 0, 100, 100) == [40, 40, 40]
     if truth:
         assert at(1, 4, 100, 100) == [255, 255, 255]
+
+
+def test_the_map_of_a_sheet_has_the_title_of_its_method() -> None:
+    one, other = (
+        np.array(Image.open(io.BytesIO(sheet([row(truth=True)], **title))))
+        for title in ({}, {"map_title": "LPCAM-E"})
+    )
+    y, x = np.nonzero((one != other).any(axis=2))
+    assert y.max() < TITLE
+    assert 2 <= x.min() / (CELL + GAP) < x.max() / (CELL + GAP) < 3

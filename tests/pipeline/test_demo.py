@@ -5,16 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tiny import digests, times
 
 from lpcam.data import creatures
+from lpcam.data.drawing import SheetRow, sheet
 from lpcam.data.folder import read_folder
+from lpcam.data.map_files import read_maps
 from lpcam.pipeline import demo as module
 from lpcam.pipeline.cache import locked
 from lpcam.pipeline.demo import demo
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run import RunResult
+from lpcam.pipeline.stages import evaluate
 from lpcam.runtime.errors import ArtefactError, DataError
 
 
@@ -107,8 +111,15 @@ def test_a_folder_in_use_is_not_drawn_into(tmp_path: Path, recipes: list[Recipe]
     assert not (tmp_path / "data").exists()
 
 
-def test_end_to_end(tmp_path: Path) -> None:
+def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small, but with all eight classes, every stage and the bundled weights."""
+    drawn: list[tuple[str, SheetRow]] = []
+
+    def draw_sheet(rows: list[SheetRow], *, map_title: str) -> bytes:
+        drawn.extend((map_title, row) for row in rows)
+        return sheet(rows, map_title=map_title)
+
+    monkeypatch.setattr(evaluate, "sheet", draw_sheet)
     result = demo(tmp_path, 1, "lpcam demo", images=48, size=64)
     assert {(row["method"], row["threshold_source"]) for row in result.rows} == {
         (method, source)
@@ -120,6 +131,10 @@ def test_end_to_end(tmp_path: Path) -> None:
         assert set(row["part_coverage"]) == set(creatures.PARTS)
     assert (tmp_path / "metrics.json").is_file()
     assert (tmp_path / "sheet.png").is_file()
+    title, row = drawn[0]
+    first = next(p for p in sorted((tmp_path / "lpcam_e").iterdir()) if 0 in read_maps(p).keys)
+    assert (title, row.name) == ("LPCAM-E", creatures.CLASSES[0])
+    assert np.array_equal(row.lpcam, read_maps(first).high_res[0])
     before = times(tmp_path)
     again = demo(tmp_path, 1, "lpcam demo", images=48, size=64)
     assert again.rows == result.rows
