@@ -442,7 +442,9 @@ def test_layout(
         one = next(one for one in MANY if image_id.rpartition("/")[2] == one.name)
         assert (mask == np.array([0, *values], np.uint8)[one.mask]).mean() > 0.99
     if case.runs:
-        options = ["--lpcam.clusters", "2", "--lpcam.scales", "[1.0]", "--until", "seeds"]
+        # CAM of these random weights has no positive value in an image
+        options = ["--lpcam.clusters", "2", "--lpcam.scales", "[1.0]", "--lpcam.early.base"]
+        options += ["LPCAM", "--until", "seeds"]
         assert main(["run", str(path), "--run.folder", str(recipe.folder), *options]) == 0
         for image_id, item in dataset.items.items():
             seed = read_index_mask(recipe.folder / "seeds" / f"{image_id}.png")

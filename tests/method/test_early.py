@@ -90,6 +90,11 @@ def test_fusion_by_hand() -> None:
     low, high = 1 / (1 + math.e), 0.5 / (1 + 1 / math.e)
     torch.testing.assert_close(fuse(base, combined, "fused"), torch.tensor([[[low / high, 1.0]]]))
     assert torch.equal(fuse(base, torch.zeros(1, 1, 2), "fused"), base)  # says nothing
+    # a class without positive evidence does not vanish
+    both, evidence_of = torch.cat([base, base]), torch.cat([combined, combined - 3])
+    low, high = 1 / (1 + math.exp(2.5)), 0.5 / (1 + math.exp(0.5))
+    expected = torch.tensor([[[0.0, 1.0]], [[low / high, 1.0]]])
+    torch.testing.assert_close(fuse(both, evidence_of, "alone"), expected)
 
 
 @pytest.mark.parametrize("fusion", ["none", "fused", "alone"])

@@ -95,7 +95,8 @@ def fuse(base: Tensor, combined: Tensor, fusion: Fusion) -> Tensor:
     """Maps (K, H, W) in [0, 1] of a base in [0, 1] and the combined evidence of all layers.
 
     ``fused``: base times sigmoid of the standardised evidence; ``alone``: ReLU of the evidence;
-    ``none``: the base. Each map is divided by its maximum. A class without a base has no map.
+    ``none``: the base. Each map is divided by its maximum. A class without a base has no map; one
+    without positive evidence anywhere is fused, so that no class vanishes from its image.
 
     Example:
         >>> combined = torch.tensor([[[-1.0, 1.0]]])
@@ -104,10 +105,11 @@ def fuse(base: Tensor, combined: Tensor, fusion: Fusion) -> Tensor:
     """
     if fusion == "none":
         return base
-    if fusion == "alone":
-        there = base.amax((-2, -1), keepdim=True) > 0
-        return normalize(torch.where(there, combined.relu(), 0))
-    return normalize(base * standardised(combined).sigmoid())
+    fused = normalize(base * standardised(combined).sigmoid())
+    if fusion == "fused":
+        return fused
+    there = (base.amax((-2, -1), keepdim=True) > 0) & (combined.amax((-2, -1), keepdim=True) > 0)
+    return torch.where(there, normalize(combined.relu()), fused)
 
 
 class EarlyImage(NamedTuple):
