@@ -167,7 +167,7 @@ def done(folder: Path, pictures: Path, weights: Path) -> dict[str, Done]:
         ("clustering", "cosine_kmeans, farthest"),
         ("format", "overlays, areas"),
         ("host", "edam, colours"),
-        ("refinement", "saliency, toy"),
+        ("refinement", "none, toy"),
         ("network", "upernet, cells"),
         ("reader", ", named"),
     ],
