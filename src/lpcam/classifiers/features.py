@@ -66,7 +66,7 @@ def layered(source: Source) -> nn.Module:
 
 
 def early_layers_of(source: Source) -> tuple[str, ...]:
-    """Names of the early layers of a source, as :func:`early_layers`."""
+    """Names of the early layers of a source, as ``early_layers`` finds them."""
     size = source.probe_size if isinstance(source, WrappedModel) else (SIDE, SIDE)
     return early_layers(layered(source), size, source.channels_in)
 

@@ -66,7 +66,7 @@ def curves_of(
     maps_of: Callable[[Item], tuple[NDArray[np.uint8], Sequence[Tensor]]],
     count: int = 1,
 ) -> Tensor:
-    """What the judges say of M maps of each image (:func:`curves`), float64 (images, M, 2, T).
+    """What the judges say of M maps of each image (``curves``), float64 (images, M, 2, T).
 
     ``maps_of`` gives an image (H, W, 3) and its M = ``count`` maps (K, H, W). Every process has all
     results.
