@@ -71,11 +71,12 @@ def score_groups(rows: Rows, methods: Sequence[str]) -> list[dict[str, Any]]:
         members = sorted(found[stage, source], key=lambda row: place(row["method"], methods))
         places = [place(row["method"], methods) for row in members]
         own = [number for number, at in enumerate(places) if at < len(methods)]
+        rules = [row.get("protocol", {}).get("threshold_source", "") for row in members]
         about = {
             "stage": _stage_title(stage, members) if len(stages) > 1 else "",
             "source": source,
             "title": _SOURCES.get(source, f"Threshold: {source}"),
-            "how": members[0].get("protocol", {}).get("threshold_source", ""),
+            "how": "; ".join(dict.fromkeys(rules)),
         }
         base = members[0] if places[0] == 0 else None
         groups.append(_group(members, places, base, own[-1] if own else -1, **about))
