@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "are of `adaptive`; only 'best' columns look at masks.\n\n"
         + table(headings, list(lines(figures)))
         + f"\n\nWorst automatic minus best: {worst[0]:.1f} ({worst[1]}, {worst[2]}).\n\n"
-        f"Correlation of the judge's colour information with mIoU: {correlation(figures)}.\n"
+        f"Correlation of the judge's information with mIoU: {correlation(figures)}.\n"
     )
     for one in figures:
         chosen = "; ".join(f"{c['key']} = {c['value']}" for c in one.choices)

@@ -277,7 +277,7 @@ def test_maps_without_early_layers_are_judged_by_their_curves(curved: Values) ->
                 told.append(colour_information(colour_bins(image[::step, ::step]), best))
         curve = torch.stack(told).mean(0)
         assert verdict["images"] == len(told) == 11
-        assert verdict["information"] == pytest.approx(float(curve.max()))
+        assert 0 < verdict["information"] < float(curve.max())  # less by the features' share
         last = max(np.flatnonzero(curve >= 0.95 * curve.max()))
         assert verdict["by_colours"] == THRESHOLDS[last]
 

@@ -8,6 +8,7 @@ import torch
 
 from lpcam.evaluation.judge import (
     DISAGREEMENT,
+    FEATURES,
     THRESHOLDS,
     choose,
     colour_bins,
@@ -81,7 +82,7 @@ def step(height: float, until: float) -> torch.Tensor:
 def test_the_threshold_is_the_last_of_the_plateau_of_both_judges():
     found = verdict(torch.stack([torch.stack([step(0.2, 0.5), step(0.4, 0.62)])] * 3))
     assert (found.threshold, found.by_colours, found.by_features) == (0.5, 0.5, 0.62)
-    assert found.information == pytest.approx(0.2)
+    assert found.information == pytest.approx(0.2 * 0.4**FEATURES)
     assert max(found.curve) == 1.0
     assert not found.disagree
 
@@ -152,3 +153,12 @@ def test_the_choice_does_not_depend_on_the_number_of_threads():
     images = [picture(1.0, share / 10) for share in range(6)]
     found = [choose(images, [way("LPCAM"), way("CAM")], workers=n) for n in (1, 3)]
     assert found[0] == found[1]
+
+
+def test_features_weigh_less_than_colours_between_maps():
+    colours, features = step(0.2, 0.5), step(0.16, 0.5)
+    found = verdict(torch.stack([colours, features])[None])
+    assert found.information == pytest.approx(0.2 * 0.16**FEATURES)
+    # at the same threshold: the features know nothing where the colours are best
+    apart = torch.stack([step(0.2, 0.2), features * (torch.tensor(THRESHOLDS) > 0.3)])
+    assert verdict(apart[None]).information == 0.0

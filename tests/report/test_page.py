@@ -115,8 +115,8 @@ def test_what_the_run_chose(page: Page) -> None:
     assert {one["href"] for one in adaptive.all("a")} >= {"#chosen"}
     assert "Setting Value Reason lpcam.tau 0.50 plain words" in text
     # information 0.04, 0.08 and 0.12; the last is chosen
-    assert "LPCAM 4.0 % 0.44 LPCAM × early layers, round 1 8.0 % 0.44" in text
-    assert "early layers from CAM, round 2 (chosen) 12.0 % 0.44" in text
+    assert "LPCAM 0.0400 0.44 LPCAM × early layers, round 1 0.0800 0.44" in text
+    assert "early layers from CAM, round 2 (chosen) 0.1200 0.44" in text
     bars = [one["width"] for one in adaptive.all("rect") if one.get("class") == "iou m5"]
     assert bars[-2:] == ["33.33", "66.67"]
     assert "Each method at its automatic threshold" in text and "at its fixed" not in text

@@ -7,8 +7,8 @@ Both judges look at F = [m > t], where m is the largest of an image's class maps
   inside and outside F. It does not look at colour.
 
 The right mask tells most about both. The threshold of a data set is the largest one at which the
-product of both, a mean over images, is nearly at its maximum. Maps are chosen by the colours alone
-(docs/adaptive.md says what was tried, and how well it does).
+product of both, a mean over images, is nearly at its maximum. A choice between maps weighs the
+features less (docs/adaptive.md says what was tried, and how well it does).
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ STEP = 3  #: Every so many pixels each way are looked at, fewer in small images.
 RARE = 0.002  #: A mask of less than this share of the pixels, or of all but this, says nothing.
 PLATEAU = 0.95  #: Share of its maximum at which a curve counts as nearly at it.
 DEVIATION = 0.1  #: Of an image's threshold from that of its data set.
+FEATURES = 1 / 3
+"""Power of the variance explained where maps are compared: 0 is misled by shading, 1 prefers the
+early layers' own maps, as it looks at their features."""
 TIE = 0.05  #: Maps whose information differs by less are alike; the simpler are taken.
 DISAGREEMENT = 0.15  #: Difference of the judges' thresholds that is worth a warning.
 
@@ -122,7 +125,9 @@ class Verdict:
     threshold: float  #: By both judges.
     by_colours: float  #: Threshold by colours alone.
     by_features: float | None  #: Threshold by features alone; None: there were none.
-    information: float  #: Largest colour information, a mean over the images.
+    information: float
+    """Largest colour information times variance explained to the power `FEATURES`, of means over
+    the images. Maps of the same images can be compared by it."""
     curve: tuple[float, ...]  #: What decides, at each of `THRESHOLDS`, as a share of its maximum.
     images: int
 
@@ -167,7 +172,7 @@ def verdict(found: Tensor) -> Verdict:
         threshold=_last_of_plateau(both),
         by_colours=_last_of_plateau(colours),
         by_features=_last_of_plateau(features) if known else None,
-        information=float(colours.max()),
+        information=float((colours * features**FEATURES).max()),
         curve=tuple((both / top).tolist()) if top else (0.0,) * len(THRESHOLDS),
         images=len(found),
     )
@@ -194,7 +199,7 @@ def _last_of_plateau(curve: Tensor) -> float:
 def choose(
     images: Sequence[EarlyImage], ways: Sequence[EarlyPrototypes], *, workers: int = 1
 ) -> tuple[int, list[Verdict]]:
-    """The way of making maps that says most about colours, and the verdict on each.
+    """The way of making maps that has most information, and the verdict on each.
 
     Of ways whose information differs by less than `TIE` from the best the first is taken, so
     ``ways`` come simplest first (:func:`lpcam.method.early.candidates`).

@@ -71,7 +71,7 @@ def sharpen(context: Context) -> Iterator[Task]:
             "lpcam.early",
             f"{way['base']}, {way['fusion']}"
             + f" after round {way['round']}" * (way["fusion"] != "none"),
-            f"colour information {way['information']:.4f}, the least {min(told):.4f}",
+            f"information {way['information']:.4f}, the least {min(told):.4f}",
         )
     yield _map_task(context)
     yield from judge_all(context)
