@@ -9,7 +9,6 @@ of a layer, H x W the size of the maps, M centres.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from lpcam.classifiers.features import FeaturePair
 from lpcam.data.resize import resize
 from lpcam.method.clustering import CosineKMeans
 from lpcam.method.functional import normalize, unflip, unit
-from lpcam.method.reservoir import SIDES
+from lpcam.method.reservoir import SIDES, drawn
 from lpcam.method.settings import EarlySettings
 from lpcam.runtime.errors import ArtefactError, PrototypeError
 from lpcam.runtime.files import read_tensors, write_tensors
@@ -240,12 +239,6 @@ def early_images(
             kept.append(EarlyImage(classes, features, {base: small}, torch.empty(0)))
             room -= sum(one.nbytes for one in (*features, small))
     return kept
-
-
-def drawn(key: str) -> torch.Generator:
-    """A generator whose numbers depend on a key alone."""
-    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
 
 
 def mean_features(images: Iterable[EarlyImage]) -> tuple[Tensor, ...]:

@@ -84,6 +84,12 @@ def on_grid(split_map: Tensor, features: Tensor, settings: LpcamSettings) -> Ten
     return F.interpolate(split_map[None], size=grid, mode=settings.split_resize, **options)[0]
 
 
+def drawn(key: str) -> torch.Generator:
+    """A generator whose numbers depend on a key alone."""
+    digest = hashlib.blake2b(key.encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+
+
 class Reservoir:
     """Uniform random sample of the local features of each class and side, in main memory.
 
@@ -113,9 +119,7 @@ class Reservoir:
         place, rows = (index, side), rows.detach()
         offered = torch.arange(len(rows)) if where is None else torch.nonzero(where).flatten()
         self.seen[place] = self.seen.get(place, 0) + len(offered)
-        text = f"{self.seed}/{index}/{side}/{name}"
-        digest = hashlib.blake2b(text.encode(), digest_size=7).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big"))
+        generator = drawn(f"{self.seed}/{index}/{side}/{name}")
         keys = torch.rand(len(offered), generator=generator, dtype=torch.float64)
         sample = self._samples.get(place) or _Sample(self.max_features)
         chosen = sample.candidates(keys)
