@@ -192,15 +192,18 @@ class Explainer:
             classifier = Classifier.load(Path(model))
         else:
             classifier = timm_classifier(str(model), weights=weights)
-        tensors, metadata = read_tensors(Path(prototypes))
+        path = Path(prototypes)
+        tensors, metadata = read_tensors(path)
+        found = Prototypes.of_file(path, tensors, metadata)
+        found.check_fingerprint(classifier.fingerprint(), str(path))
         early = EarlyPrototypes.of_file(tensors, metadata[EARLY]) if EARLY in metadata else None
         return cls(
             classifier.to(choose_device(device)),
-            Prototypes.load(Path(prototypes), fingerprint=classifier.fingerprint()),
+            found,
             preset,
             scoring=scoring or ("sigmoid" if from_file else "softmax"),
             early=early,
-            made_by={"model": Path(model).name, "prototypes": digest_file(Path(prototypes))},
+            made_by={"model": Path(model).name, "prototypes": digest_file(path)},
         )
 
     def __call__(

@@ -165,15 +165,19 @@ class Recipe(Section):
             return self.refine.maps
         if self.host is not None:
             return tuple(a.title for a in self.host.arms)
-        return ("CAM", "LPCAM") if self.lpcam.early is None else ("LPCAM-E",)
+        return self._usual_maps
 
     @property
     def segmented(self) -> tuple[str, ...]:
         """The masks that a segmenter is trained on each."""
         if self.segment is None:
             return ()
-        own = ("CAM", "LPCAM") if self.lpcam.early is None else ("LPCAM-E",)
-        return self.segment.masks or self.refined or own
+        return self.segment.masks or self.refined or self._usual_maps
+
+    @property
+    def _usual_maps(self) -> tuple[str, ...]:
+        """Maps of the classifier that later stages work on where the recipe names none."""
+        return ("CAM", "LPCAM") if self.lpcam.early is None else ("LPCAM-E",)
 
     @property
     def folder(self) -> Path:

@@ -88,7 +88,7 @@ def _fit(
 
     @torch.inference_mode()
     def read(item: Item) -> EarlyImage:
-        step, colours = coloured(item)
+        step, colours = coloured(item.read())
         maps = {
             base: torch.from_numpy(
                 read_maps(map_path(context.folder / RESULTS[base], item.id))

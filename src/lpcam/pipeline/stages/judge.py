@@ -76,8 +76,7 @@ def curves_of(
     @torch.inference_mode()
     def judge(place: int) -> tuple[int, Tensor]:
         image, every = maps_of(items[place])
-        step = step_of((image.shape[0], image.shape[1]))
-        colours = colour_bins(image[::step, ::step])
+        step, colours = coloured(image)
         early = None if store is None else store.early([items[place]])[0].features[0]
         parts = [maps.cpu()[:, ::step, ::step] for maps in every]
         return place, torch.stack([curves(colours, maps, early) for maps in parts])
@@ -152,8 +151,7 @@ def sampled(context: Context, count: int) -> list[Item]:
     return [items[place] for place in sorted(chosen)]
 
 
-def coloured(item: Item) -> tuple[int, Tensor]:
-    """Every how many pixels an image is looked at, and their colour bins (H, W)."""
-    image = item.read()
+def coloured(image: NDArray[np.uint8]) -> tuple[int, Tensor]:
+    """Every how many pixels an image (H, W, 3) is looked at, and their colour bins."""
     step = step_of((image.shape[0], image.shape[1]))
     return step, colour_bins(image[::step, ::step])
