@@ -15,7 +15,7 @@ from lpcam.classifiers.classifier import (
     BackboneSpec,
     Classifier,
     Preprocessing,
-    _SameConvolution,
+    SameConvolution,
     build,
 )
 from lpcam.runtime.errors import ClassifierError
@@ -293,7 +293,7 @@ def test_folded_batch_norms(
     assert norms(twin) == left
     padded = sum(isinstance(m, Conv2dSame) for m in classifier.modules())
     assert (padded > 0) == (arguments.get("pad_type") == "same")
-    assert sum(isinstance(m, _SameConvolution) for m in twin.modules()) == padded
+    assert sum(isinstance(m, SameConvolution) for m in twin.modules()) == padded
 
 
 class NormOfAnother(nn.Module):
@@ -354,7 +354,7 @@ def test_same_convolution_is_timms(
         theirs = Conv2dSame(4, 4, kernel, stride, dilation=dilation, groups=2)
         for parameter in theirs.parameters():
             parameter.copy_(torch.randint(-5, 6, parameter.shape, generator=generator))
-        ours = _SameConvolution(theirs)
+        ours = SameConvolution(theirs)
         for height in range(1, 21):
             width = 1 + 7 * height % 20
             images = torch.randint(-5, 6, (1, 4, height, width), generator=generator).float()

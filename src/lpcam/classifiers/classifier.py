@@ -105,7 +105,7 @@ class Classifier(FrozenStatistics, SavedNetwork):
         self.preprocessing = preprocessing
         self.spec = spec
         self.dropout = 0.0
-        self._gives_tokens = False
+        self.gives_tokens = False  #: Whether the backbone gives tokens, which become a map.
         self.head = nn.Linear(self._probe_channels(), len(self.classes), bias=False)
         self.eval()
 
@@ -121,7 +121,7 @@ class Classifier(FrozenStatistics, SavedNetwork):
     def features(self, images: Tensor) -> Tensor:
         """f(x): (B, 3, H, W) normalised images to (B, C, h, w), before pooling."""
         backbone: Any = self.backbone
-        if self._gives_tokens:  # a transformer: its last tokens on their grid, without prefix
+        if self.gives_tokens:  # a transformer: its last tokens on their grid, without prefix
             (found,) = backbone.forward_intermediates(
                 images, indices=1, norm=True, intermediates_only=True
             )
@@ -178,7 +178,7 @@ class Classifier(FrozenStatistics, SavedNetwork):
             with torch.no_grad():
                 if hasattr(backbone, "forward_intermediates"):
                     given = backbone.forward_features(self._blank())
-                    self._gives_tokens = isinstance(given, Tensor) and given.ndim == 3
+                    self.gives_tokens = isinstance(given, Tensor) and given.ndim == 3
                 features = self.features(self._blank())
         except (AssertionError, RuntimeError) as error:
             raise ClassifierError(
@@ -390,10 +390,10 @@ def _fold(module: nn.Module) -> None:
         previous, before = name, child
     for name, child in list(module.named_children()):
         if type(child) is Conv2dSame:
-            setattr(module, name, _SameConvolution(child))
+            setattr(module, name, SameConvolution(child))
 
 
-class _SameConvolution(nn.Module):
+class SameConvolution(nn.Module):
     """A "same" convolution without timm's padded copy, which takes longer than it on a CPU."""
 
     def __init__(self, convolution: nn.Conv2d) -> None:

@@ -69,7 +69,8 @@ def naming(items: Sequence[Item]) -> Iterator[None]:
 class FeatureStore:
     """Features of images at several scales, from memory or the backbone; thread-safe.
 
-    ``early`` are names of early layers, whose maps a pass at scale 1 gives too.
+    ``classifier`` is one for inference. ``early`` are names of early layers, whose maps a pass at
+    scale 1 gives too.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class FeatureStore:
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         early: Sequence[str] = (),
     ) -> None:
-        self.classifier = classifier.folded()
+        self.classifier = classifier
         self._tap = Tap(self.classifier.backbone, early) if early else None
         self.flip = flip
         self.maximum_side = maximum_side

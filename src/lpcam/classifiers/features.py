@@ -125,7 +125,8 @@ def features_of(
     stacked = torch.cat([images, images.flip(-1)]) if flip else images
     if isinstance(source, Classifier):
         # Convolutions on a CPU are a tenth faster in this layout, with the same results.
-        stacked = stacked.to(source.weight.dtype, memory_format=torch.channels_last)
+        layout = getattr(source.backbone, "layout", torch.channels_last)
+        stacked = stacked.to(source.weight.dtype, memory_format=layout)
     else:
         stacked = stacked.contiguous()  # the model may call view
     with torch.autocast(images.device.type, precision, enabled=precision is not None):

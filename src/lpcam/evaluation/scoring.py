@@ -25,7 +25,6 @@ from lpcam.evaluation.segmentation import (
     scores,
     truth_labels,
 )
-from lpcam.method.seeds import seeds
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.parallel import ordered_map
@@ -144,23 +143,34 @@ def score_maps(
 ) -> Evaluation:
     """Score maps of each method (``folders``) at its best threshold, and at its ``fixed`` one.
 
+    ``part_coverage`` is the share of a part's pixels that have the right class; only pixels of a
+    class count.
+
     The source of the second is ``fixed``, or ``automatic`` for methods of this name.
     """
     names = dataset.classes.names
     grid = sorted({*DEFAULT_THRESHOLDS, *fixed.values()})
-    sweeps = {method: ThresholdSweep(len(names), grid) for method in folders}
+    of_parts = {(method, part) for method in folders for part in dataset.part_names}
+    sweeps = {key: ThresholdSweep(len(names), grid) for key in (*folders, *sorted(of_parts))}
 
     places = {item.id: place for place, item in enumerate(items)}
     image_scores = torch.zeros(len(folders), len(items), dtype=torch.float64)
 
-    def count(item: Item) -> dict[str, Tensor]:
-        truth = _truth(item, dataset)
-        counts = {}
+    def count(item: Item) -> dict[str | tuple[str, str], Tensor]:
+        assert item.mask is not None
+        truth = truth_labels(item.read_mask(), dataset.classes)
+        parts = torch.from_numpy(item.read_mask(item.parts)) if item.parts else truth
+        counts: dict[str | tuple[str, str], Tensor] = {}
         for row, (method, folder) in enumerate(folders.items()):
             maps = read_maps(map_path(folder, item.id))
+            planes, keys = torch.from_numpy(maps.high_res), torch.from_numpy(maps.keys)
             one = ThresholdSweep(len(names), grid)
-            one.update(truth, torch.from_numpy(maps.high_res), torch.from_numpy(maps.keys))
+            one.update(truth, planes, keys)
             counts[method] = one.histogram
+            for part, value in dataset.part_names.items() if item.parts else ():
+                here = ThresholdSweep(len(names), grid)
+                here.update(truth.where(parts == value, IGNORE), planes, keys)
+                counts[method, part] = here.histogram
             image_scores[row, places[item.id]] = math.nan
             if method in fixed:
                 ious = one.ious(maps.keys.tolist())[:, grid.index(fixed[method])]
@@ -170,15 +180,16 @@ def score_maps(
     mine = sharing.mine(items)
     with progress("scoring", len(mine)) as advance:
         for counts in sharing.map(count, mine):
-            for method, histogram in counts.items():
-                sweeps[method].histogram += histogram
+            for key, histogram in counts.items():
+                sweeps[key].histogram += histogram
             advance(1, "")
     for sweep in sweeps.values():
         sweep.histogram = sharing.processes.sum(sweep.histogram)
     image_scores = sharing.processes.sum(image_scores)
 
     rows = []
-    for method, sweep in sweeps.items():
+    for method in folders:
+        sweep = sweeps[method]
         kinds = [(*best_threshold(sweep, names), "ground truth")]
         if (own := fixed.get(method)) is not None:
             source = "automatic" if method in automatic else "fixed"
@@ -186,16 +197,16 @@ def score_maps(
         for threshold, found, source in kinds:
             row = row_of(method, len(items), threshold, source, found)
             if dataset.part_names:
-                row["part_coverage"] = _coverage(mine, dataset, folders[method], threshold, sharing)
+                row["part_coverage"] = {
+                    part: int(hits[grid.index(threshold)]) / total
+                    for part in dataset.part_names
+                    for hits, total in [sweeps[method, part].covered()]
+                    if total
+                }
             rows.append(row)
-    curves = {method: sweep.curves(names) for method, sweep in sweeps.items()}
+    curves = {method: sweeps[method].curves(names) for method in folders}
     known = [[None if math.isnan(v) else v for v in one] for one in image_scores.tolist()]
     return Evaluation(rows, curves, dict(zip(folders, known, strict=True)))
-
-
-def _truth(item: Item, dataset: Dataset) -> Tensor:
-    assert item.mask is not None
-    return truth_labels(item.read_mask(), dataset.classes)
 
 
 def row_of(
@@ -210,26 +221,3 @@ def row_of(
         **asdict(found),
         "left_out": list(found.left_out),
     }
-
-
-def _coverage(
-    mine: Sequence[Item], dataset: Dataset, folder: Path, threshold: float, sharing: Sharing
-) -> dict[str, float]:
-    """Fraction of each part's pixels that have the right class; only pixels of a class count."""
-    values = torch.tensor([*dataset.part_names.values()])[:, None, None]
-
-    def count(item: Item) -> Tensor:
-        """Covered and all pixels of each part, (P, 2)."""
-        assert item.parts is not None
-        maps, truth = read_maps(map_path(folder, item.id)), _truth(item, dataset)
-        seed = seeds(torch.from_numpy(maps.high_res), threshold)
-        labels = torch.tensor([0, *(int(k) + 1 for k in maps.keys)])[seed]
-        here = torch.from_numpy(item.read_mask(item.parts)) == values
-        here &= (truth != IGNORE) & (truth != BACKGROUND)
-        return torch.stack([(here & (labels == truth)).sum((1, 2)), here.sum((1, 2))], 1)
-
-    counts = torch.zeros(len(values), 2, dtype=torch.int64)
-    for one in sharing.map(count, [item for item in mine if item.parts is not None]):
-        counts += one
-    found = zip(dataset.part_names, sharing.processes.sum(counts).tolist(), strict=True)
-    return {name: covered / total for name, (covered, total) in found if total}

@@ -104,6 +104,12 @@ class ThresholdSweep:
         counts = torch.bincount(index, minlength=self.histogram.numel())
         self.histogram += counts.view_as(self.histogram).to(self.histogram.device)
 
+    def covered(self) -> tuple[Tensor, int]:
+        """Pixels of classes with their own label at every threshold, int64 (T,), and all of them."""
+        above = _above(self.histogram)
+        hits = above[1:].diagonal().sum(-1)
+        return hits, int(self.histogram[1:].sum())
+
     def confusions(self) -> Tensor:
         """Confusion matrices int64 (T, N+1, N+1), one for each threshold of the grid."""
         above = _above(self.histogram)

@@ -71,6 +71,7 @@ class Explainer:
         maximum_side: long side in pixels; longer images are mapped at this size.
         foreground_only: compute LPCAM-F (without context prototypes) instead of LPCAM.
         early: prototypes of early layers, for maps LPCAM-E instead; None: those of the LPCAM.
+        folded: gives the copy of a Classifier that is used, run by an engine perhaps.
         reading: how image files are read, as the data set of the run was; arrays are taken as
             they are.
         made_by: provenance, added to every result.
@@ -102,6 +103,7 @@ class Explainer:
         maximum_side: int = 1024,
         foreground_only: bool = False,
         early: EarlyPrototypes | None = None,
+        folded: Callable[[Classifier], Classifier] = Classifier.folded,
         reading: Reading = USUAL,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
@@ -122,7 +124,7 @@ class Explainer:
         if early is not None:
             early.check_fingerprint(prototypes.fingerprint, "this explainer")
         self.classes = source.classes
-        self.classifier = source.folded() if isinstance(source, Classifier) else source
+        self.classifier = folded(source) if isinstance(source, Classifier) else source
         if isinstance(source, Classifier):
             preprocessing = source.preprocessing
             if self.attention_blocks:

@@ -20,13 +20,12 @@ from lpcam.classifiers.settings import BackboneSection
 from lpcam.data.dataset import ClassTable, Item
 from lpcam.method.functional import FusedMaps
 from lpcam.method.settings import LpcamSettings
-from lpcam.refine.base import shallow_copy
 from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.registry import Registry
 from lpcam.runtime.settings import Fraction, Positive, PresetModel, RecipePath
 from lpcam.training.loop import History, TrainingOptions
 from lpcam.training.released import Released
-from lpcam.training.saved_network import SavedNetwork
+from lpcam.training.saved_network import SavedNetwork, shallow_copy
 
 Base = Literal["CAM", "LPCAM"]
 

@@ -146,6 +146,11 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
         return {k: AUTO if k in self._automatic else v for k, v in handler(self).items()}
 
     @property
+    def published(self) -> bool:
+        """Whether the preset is that of the paper or its program, whose figures are compared."""
+        return self.preset.rpartition(".")[2] in ("paper", "official")
+
+    @property
     def automatic(self) -> frozenset[str]:
         """Names of the values that are ``auto``, which a run chooses."""
         return self._automatic

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import shlex
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,13 +16,23 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import yaml
+from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.classifier import Classifier, Preprocessing, build
 from lpcam.classifiers.early_layers import early_layers
+from lpcam.classifiers.engines import (
+    Engine,
+    accelerated,
+    accelerated_network,
+    choose_engine,
+    file_name,
+)
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Dataset, Item
+from lpcam.data.images import limit_long_side, resize_image
 from lpcam.data.pixels import key_of, look_at_pixels, refuse_ruin
 from lpcam.data.reader import ListName, Opened
+from lpcam.data.resize import scaled_size
 from lpcam.data.survey import Finding
 from lpcam.data.validation import check_images
 from lpcam.evaluation.scoring import why_not_scored
@@ -392,13 +403,17 @@ class Context:
         return self._early_layers(self.classifier) if self.makes_maps else ()
 
     def _early_layers(self, classifier: Classifier) -> tuple[str, ...]:
-        chooses = any(self.recipe.chooses_threshold(method) for method in self.methods)
-        if self.recipe.lpcam.early is None and not chooses:
+        if not self._looks_early:
             return ()
         try:
             return early_layers(classifier.backbone)
         except ClassifierError:
             return ()
+
+    @property
+    def _looks_early(self) -> bool:
+        chooses = any(self.recipe.chooses_threshold(method) for method in self.methods)
+        return chooses or self.recipe.lpcam.early is not None
 
     @property
     def makes_maps(self) -> bool:
@@ -423,7 +438,7 @@ class Context:
             section, probe = self.recipe.maps, self.recipe.classifier.probe
             mirror = self.training_method == "probe" and probe.long_side is None and probe.mirror
             self._store = FeatureStore(
-                classifier,
+                self._accelerated(classifier, self.engine),
                 flip=self.recipe.lpcam.flip or mirror,
                 maximum_side=section.maximum_side,
                 dtype=section.features,
@@ -433,6 +448,96 @@ class Context:
                 early=self._early_layers(classifier),
             )
         return self._store
+
+    @cached_property
+    def engine(self) -> Engine:
+        """What runs the passes of frozen networks; decided once for the weights of a run folder."""
+        recipe, precision = self.recipe, self.recipe.maps.precision
+        asked = recipe.run.engine
+        if asked == "auto" and recipe.lpcam.published:
+            asked = "torch"
+        if asked == "torch":
+            return choose_engine(asked, self.device, precision)
+        made = self.results["classifier"].output if "classifier" in self.results else {}
+        weights = made.get("fingerprint", recipe.classifier.backbone_key())
+        key = digest_json([asked, precision, weights, self._looks_early, self.makes_maps])
+        path = self.folder.engine_record
+        if self.processes.first and (not path.is_file() or read_json(path).get("key") != key):
+            engine = choose_engine(asked, self.device, precision)
+            reason = "as the recipe says" if asked != "auto" else "the fastest that is installed"
+            shutil.rmtree(self.folder.engine, ignore_errors=True)
+            layers: tuple[str, ...] = ()
+            if engine != "torch" and self.makes_maps:
+                classifier = self.classifier if made else self.untrained()
+                layers = self._early_layers(classifier)
+                try:
+                    self._accelerated(classifier, engine)
+                except ClassifierError as error:
+                    engine, reason = "torch", f"{engine} is not used: {error}"
+            write_json(path, {"key": key, "engine": engine, "reason": reason, "layers": layers})
+        self.processes.wait()
+        record = read_json(path)
+        self.chose("run.engine", record["engine"], record["reason"])
+        return choose_engine(record["engine"], self.device, precision)  # it may be missing here
+
+    @property
+    def engine_key(self) -> Record:
+        """The engine, for a cache key; nothing for torch."""
+        return {} if self.engine == "torch" else {"engine": self.engine}
+
+    @property
+    def features_key(self) -> Record:
+        """What changes the features, for a cache key."""
+        return {**self.recipe.maps.features_key(), **self.engine_key}
+
+    def _accelerated(self, classifier: Classifier, engine: Engine) -> Classifier:
+        """The classifier as an engine runs it, with the early layers that the run looks at."""
+        layers = self._early_layers(classifier)
+        file, precision = self._file(classifier.backbone, layers), self.recipe.maps.precision
+        return accelerated(
+            classifier, engine, file, self._samples, layers=layers, precision=precision
+        )
+
+    def accelerate(
+        self, network: nn.Module, call: Callable[[Tensor], Any] | None = None
+    ) -> nn.Module:
+        """A frozen network, or what ``call`` makes of images with it, as the run's engine runs it.
+
+        It stays as it is, which is told, where the engine cannot run it.
+        """
+        engine = self.engine
+        try:
+            return accelerated_network(network, engine, self._file(network), self._samples, call)
+        except ClassifierError as error:
+            if self.processes.first:
+                name = type(network).__name__
+                logger.warning("torch runs %s, because of %s: %s", name, engine, error)
+            return network
+
+    def _file(self, network: nn.Module, layers: Sequence[str] = ()) -> Path | None:
+        """File of a network for an engine, which only the first process writes."""
+        file = self.folder.engine / file_name(network, layers)
+        return file if self.processes.first or file.is_file() else None
+
+    def _samples(self) -> list[Tensor]:
+        """Normalised images of the run (1, 3, H, W), on which an engine is compared with torch."""
+        limit, scales = self.recipe.maps.maximum_side, sorted(self.lpcam.scales)
+        sizes = self.sharing.sizes
+        items = sorted(self.dataset.items.values(), key=lambda one: math.prod(sizes[one.id]))
+        chosen = items[0], items[len(items) // 2], items[-1]
+        found = []
+        for item, scale in zip(chosen, (scales[-1], 1.0, scales[0]), strict=True):
+            image = limit_long_side(item.read(), limit)
+            image = resize_image(image, scaled_size(image.shape[0], image.shape[1], scale))
+            found.append(Preprocessing((0.5,) * 3, (0.5,) * 3)(image)[None])
+        return found
+
+    def untrained(self, weights: str | Path | None = None) -> Classifier:
+        """A classifier with its first weights, the recipe's or others, on the run's device."""
+        section, names = self.recipe.classifier, self.dataset.classes.names
+        first = section.first_weights(self.recipe.run.seed)
+        first["weights"] = weights or first["weights"]
+        return build(section.spec(), names, **first).to(self.device)
 
     def memory(self) -> float:
         """Memory that this process may use for features, in bytes."""

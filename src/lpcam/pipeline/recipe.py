@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from lpcam.classifiers.engines import Engine
 from lpcam.classifiers.feature_store import FeatureSettings
 from lpcam.classifiers.settings import ClassifierSection
 from lpcam.data import reader
@@ -88,6 +89,11 @@ class RunSection(Section):
     memory: Annotated[float, Field(gt=0.0)] | None = None
     """Memory each process may use for cached features and sampled features, in GiB; null takes half
     of the available memory. The passes through the backbone need more."""
+    engine: Literal["auto"] | Engine = "auto"
+    """What runs the passes of frozen networks: "torch"; "onnxruntime" or "openvino", which are
+    faster on a CPU; or "compile" (torch.compile). A run decides once: auto takes torch on a GPU and
+    with a preset of the paper or its program, else onnxruntime where it is installed and agrees
+    with torch to 1e-3."""
     batch: Annotated[int, Field(ge=1)] | None = None
     """Maximum number of equally sized images in a backbone pass; null: 1 on a CPU, 8 on a GPU. More
     than 1 changes results by rounding."""

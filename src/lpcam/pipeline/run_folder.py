@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.engines import Precision, accelerated, choose_engine, file_name
 from lpcam.data.dataset import ClassTable, Dataset, Skip
 from lpcam.data.images import IMAGE_SUFFIXES, Reading
 from lpcam.data.map_files import map_path
@@ -22,7 +23,7 @@ from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import Method
 from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.recipe import Recipe, load_recipe
-from lpcam.runtime.errors import ArtefactError, DataError
+from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
 from lpcam.runtime.files import digest_file, read_json
 from lpcam.runtime.resources import choose_device
 from lpcam.segmentation.folders import INDEX as PREDICTED
@@ -108,6 +109,8 @@ class RunFolder:
         self.report = self.path / "report.html"
         self.truth = self.path / "truth"  #: Masks painted from annotations.
         self.classifier = self.path / "classifier/classifier.safetensors"
+        self.engine = self.path / "engine"  #: Networks as an engine runs them.
+        self.engine_record = self.engine / "engine.json"  #: Which engine runs them, and why.
         self.early = self.path / "early/early.safetensors"  #: Prototypes of early layers.
 
     def __truediv__(self, name: str) -> Path:
@@ -185,6 +188,7 @@ class RunFolder:
             maximum_side=recipe.maps.maximum_side,
             foreground_only=method == "LPCAM-F",
             early=early,
+            folded=lambda own: self._accelerated(own, recipe.maps.precision),
             reading=recipe.data.reading_of_images,
             made_by={
                 "run": recipe.name,
@@ -192,6 +196,18 @@ class RunFolder:
                 "prototypes": digest_file(path),
             },
         )
+
+    def _accelerated(self, classifier: Classifier, precision: Precision) -> Classifier:
+        """The classifier as the run's engine runs it, where its file and the engine are there."""
+        record = read_json(self.engine_record) if self.engine_record.is_file() else {}
+        engine, layers = record.get("engine", "torch"), record.get("layers", ())
+        file = self.engine / file_name(classifier.backbone, layers)
+        try:
+            engine = choose_engine(engine if file.is_file() else "torch", classifier.device)
+        except LpcamError as error:
+            logger.warning("torch is used: %s", error)
+            engine = "torch"
+        return accelerated(classifier, engine, file, layers=layers, precision=precision)
 
     def _parts(self, name: str, part: str = "parts") -> Mapping[str, Any]:
         """The readable key of a result, or its output; empty if there is none."""

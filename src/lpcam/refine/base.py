@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, Field, model_validator
@@ -25,6 +24,7 @@ from lpcam.training.loop import History
 from lpcam.training.released import Released
 
 DECIDED = 0.5  #: Threshold of maps p / (p + p of the background): above it the class is likelier.
+Accelerate = Callable[[nn.Module, Callable[[Tensor], Any]], nn.Module]
 Labelled = Sequence[tuple[Item, Path]]  #: Images and the files of their labels.
 
 
@@ -68,6 +68,8 @@ class Tools:
     sharing: Sharing
     memory: int | None  #: Memory that one image may use, in bytes; None: no limit is known.
     saliency: Path | Literal["computed"] | None  #: The recipe's data.saliency.
+    accelerate: Accelerate
+    """Returns a frozen network, or what a function makes of images with it, run by the engine."""
 
 
 @dataclass(frozen=True)
@@ -250,8 +252,6 @@ REFINEMENTS: Registry[Refinement] = Registry(
     },
 )
 
-Module = TypeVar("Module", bound=nn.Module)
-
 
 def check_image(image: Tensor) -> None:
     """Raise a DataError if an image is not (H, W, 3) uint8, or has no pixels."""
@@ -277,10 +277,3 @@ def check_image_and_maps(image: Tensor, maps: Tensor, name: str) -> None:
 def compute_dtype(values: Tensor) -> torch.dtype:
     """Return float64 for float64 values and float32 for every shorter type."""
     return torch.float64 if values.dtype is torch.float64 else torch.float32
-
-
-def shallow_copy(module: Module) -> Module:
-    """Return a copy of a module whose submodules can be replaced, but are shared at first."""
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin

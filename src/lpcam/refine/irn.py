@@ -252,6 +252,7 @@ class _IrnRefinement(base.LearnedRefinement):
         first = tools.backbone.first_weights(tools.seed)
         displacement = section.settings.displacement
         network = build_irn(tools.backbone.spec(), displacement=displacement, **first)
+        network.pyramid.accelerate = tools.accelerate
         return network.to(tools.device)
 
     def train(
@@ -275,7 +276,9 @@ class _IrnRefinement(base.LearnedRefinement):
 
     def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
         """Walks the maps; writes the boundaries beside the pseudo masks."""
-        loaded = Irn.load(network).to(job.tools.device).folded()
+        trained = Irn.load(network).to(job.tools.device)
+        trained.pyramid.accelerate = job.tools.accelerate
+        loaded = trained.folded()
         cleaned = job.settings.walked == "cleaned"
         crf = DenseCrf(job.section.label_crf, memory=job.tools.memory) if cleaned else None
 

@@ -7,6 +7,7 @@ each instance. B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from lpcam.classifiers import classifier as models
 from lpcam.data.resize import quarter_size
-from lpcam.refine.base import shallow_copy
+from lpcam.refine.base import Accelerate
 from lpcam.refine.pair_network import Level, feature_levels, pad_sides, side_multiple
 from lpcam.refine.walk import STRIDE
 from lpcam.runtime.errors import ClassifierError
-from lpcam.training.saved_network import SavedNetwork
+from lpcam.training.saved_network import SavedNetwork, shallow_copy
 
 BOUNDARY = (32, 4)  #: Channels and groups of each level in the boundary branch.
 POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
@@ -34,6 +35,7 @@ class Pyramid(nn.Module):
         self.backbone = classifier.backbone
         self.preprocessing = classifier.preprocessing
         self.spec = classifier.spec
+        self.accelerate: Accelerate = lambda network, _: network
         self.requires_grad_(False)
         self.eval()
         found = feature_levels(self.backbone, "IRN")
@@ -64,7 +66,9 @@ class Pyramid(nn.Module):
     def folded(self) -> Pyramid:
         """A copy with folded batch norms, equal up to rounding; cannot be saved."""
         twin = shallow_copy(self)
-        twin.backbone, twin.spec = models.folded_backbone(self.backbone), None
+        folded = models.folded_backbone(self.backbone)
+        twin.backbone = self.accelerate(folded, partial(models.feature_maps, folded))
+        twin.spec = None
         return twin.requires_grad_(False)
 
 

@@ -46,7 +46,7 @@ from lpcam.training.augmentation import jitter_colours, mirror_and_crop
 from lpcam.training.loop import History
 from lpcam.training.optim import FrozenStatistics, freeze, names_below, parameter_groups
 from lpcam.training.released import WIDERESNET38, Released
-from lpcam.training.saved_network import SavedNetwork
+from lpcam.training.saved_network import SavedNetwork, shallow_copy
 
 logger = logging.getLogger(__name__)
 STRIDE = 8  #: Pixels per cell of the grid of features, labels and walks.
@@ -179,7 +179,7 @@ class Psa(FrozenStatistics, SavedNetwork):
 
     def folded(self) -> Psa:
         """A copy for inference with a folded backbone; shares the convolutions, cannot be saved."""
-        twin = base.shallow_copy(self)
+        twin = shallow_copy(self)
         twin.backbone, twin.spec = models.folded_backbone(self.backbone), None
         return twin
 
@@ -193,7 +193,7 @@ class Psa(FrozenStatistics, SavedNetwork):
 
 def build_psa(classifier: models.Classifier, *, seed: int = 0) -> Psa:
     """Build PSA's network on a copy of a trained classifier's backbone."""
-    twin = base.shallow_copy(classifier)
+    twin = shallow_copy(classifier)
     twin.backbone = copy.deepcopy(classifier.backbone)
     return Psa(twin, seed=seed).to(classifier.device)
 
@@ -366,6 +366,8 @@ class _PsaRefinement(base.LearnedRefinement):
 
     def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
         loaded = Psa.load(network).to(job.tools.device).folded()
+        maps = partial(models.feature_maps, loaded.backbone)
+        loaded.backbone = job.tools.accelerate(loaded.backbone, maps)
 
         def refine(picture: base.Picture) -> Tensor:
             image = picture.image.cpu().numpy()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -31,8 +34,21 @@ def choose_device(wanted: str) -> torch.device:
 
 
 def available_threads(processes_here: int = 1) -> int:
-    """Number of processors for this process: its share if a run has several on this machine."""
-    return max(1, len(os.sched_getaffinity(0)) // processes_here)
+    """Number of processors for this process: its share if a run has several on this machine.
+
+    They are those that it may run on, or fewer where a container has a quota of processor time.
+    """
+    quotas = [math.ceil(quota) for quota in processor_quotas()]
+    return max(1, min([len(os.sched_getaffinity(0)), *quotas]) // processes_here)
+
+
+def native_bfloat16(information: Path = Path("/proc", "cpuinfo")) -> bool:
+    """Whether the processor computes in bfloat16; False where the system does not say."""
+    try:
+        flags = set(information.read_text("utf-8").split())
+    except OSError:
+        return False
+    return bool(flags & {"avx512_bf16", "amx_bf16", "avx_ne_convert", "bf16"})
 
 
 def threads_beside(device: torch.device, threads: int) -> int:
@@ -51,32 +67,53 @@ def memory_of_an_image(device: torch.device, workers: int) -> int | None:
     return int(available_memory() * IMAGE_SHARE / workers) if device.type == "cpu" else None
 
 
-def container_limits(
-    membership: Path = Path("/proc", "self", "cgroup"), root: Path = Path("/sys", "fs", "cgroup")
-) -> list[int]:
+MEMBERSHIP, GROUPS = Path("/proc", "self", "cgroup"), Path("/sys", "fs", "cgroup")
+
+
+def container_limits(membership: Path = MEMBERSHIP, root: Path = GROUPS) -> list[int]:
     """Memory limits in bytes of the process's Linux control groups, version 2 or 1."""
+    limits = []
+    for folder, version in _control_groups("memory", membership, root):
+        name = "memory.max" if version == 2 else "memory.limit_in_bytes"
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int((folder / name).read_text("utf-8")))
+    return limits
+
+
+def processor_quotas(membership: Path = MEMBERSHIP, root: Path = GROUPS) -> list[float]:
+    """Processors that the process's Linux control groups allow, version 2 or 1; maybe fractions."""
+    quotas = []
+    for folder, version in _control_groups("cpu", membership, root):
+        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            words = " ".join((folder / name).read_text("utf-8") for name in names).split()
+            quota, period = map(int, words)
+            if quota > 0:  # else there is none
+                quotas.append(quota / period)
+    return quotas
+
+
+def _control_groups(
+    controller: str, membership: Path, root: Path
+) -> Iterator[tuple[Path, Literal[1, 2]]]:
+    """Folders of the control groups that limit the process, and their version."""
     try:
         lines = membership.read_text("utf-8").splitlines()
     except OSError:
-        return []
-    limits = []
+        return
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            top, name = root, "memory.max"
-        elif "memory" in controllers.split(","):
-            top, name = root / "memory", "memory.limit_in_bytes"
-        else:
+        version: Literal[1, 2] = 1 if controllers else 2
+        if version == 1 and controller not in controllers.split(","):
             continue
+        top = root / controller if version == 1 else root
         # A limit of any group above holds too. Inside a container the path may be that of the
         # host, which is not there, and the container's own group is the root.
         inner = top / group.lstrip("/")
         for folder in (inner, *inner.parents):
-            with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-                limits.append(int((folder / name).read_text("utf-8")))
+            yield folder, version
             if folder == top:
                 break
-    return limits
 
 
 def reuse_freed_memory() -> bool:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor, nn
 
 from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import digest_tensors, read_tensors, write_tensors
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def shallow_copy(module: Module) -> Module:
+    """Return a copy of a module whose submodules can be replaced, but are shared at first."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin
 
 
 def load_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lpcam.classifiers.classifier import RANDOM, Classifier, build
+from lpcam.classifiers.classifier import RANDOM, Classifier
 from lpcam.classifiers.finetuning import finetune
 from lpcam.classifiers.probe import fit_probe, pooled_features
 from lpcam.data.dataset import Item
@@ -30,7 +30,7 @@ def classify(context: Context) -> Iterator[Task]:
     names = list(context.dataset.classes.names)
 
     def first() -> Classifier:
-        return build_classifier(context, weights=section.trained and RANDOM)
+        return context.untrained(section.trained and RANDOM)
 
     path = context.folder.classifier
     if section.trained is not None:
@@ -47,7 +47,7 @@ def classify(context: Context) -> Iterator[Task]:
         "settings": (section.probe if probed else section.finetune).model_dump(
             mode="json", exclude={"preset"}
         ),
-        "maps": recipe.maps.features_key(),
+        "maps": context.features_key if probed else recipe.maps.features_key(),
         "seed": recipe.run.seed,
         "training": context.digest(training),
         "validation": context.digest(held_out),
@@ -79,14 +79,6 @@ def check_labels(context: Context) -> None:
     context.dataset = replace(context.dataset, notices=notices)
     for text in context.warnings if context.processes.first else ():
         logger.warning("%s", text)
-
-
-def build_classifier(context: Context, *, weights: str | Path | None = None) -> Classifier:
-    """A classifier with its first weights, the recipe's or others, on the run's device."""
-    section, names = context.recipe.classifier, context.dataset.classes.names
-    first = section.first_weights(context.recipe.run.seed)
-    first["weights"] = weights or first["weights"]
-    return build(section.spec(), names, **first).to(context.device)
 
 
 def validation(context: Context) -> tuple[list[Item], list[Item]]:

@@ -45,7 +45,7 @@ def sharpen(context: Context) -> Iterator[Task]:
         "revision": 1,
         "classifier": classifier["digest"],
         "maps": {base: context.results[RESULTS[base]].key for base in bases},
-        "features": context.recipe.maps.features_key(),
+        "features": context.features_key,
         "settings": settings.model_dump(mode="json"),
         "seed": context.recipe.run.seed,
         "images": context.digest(context.items("maps")),

@@ -56,7 +56,7 @@ def judged(context: Context, method: str, result: Result) -> Iterator[Task]:
 def classifier_key(context: Context) -> Record | None:
     """Everything that features of early layers depend on, as JSON; None without a classifier."""
     classifier = context.results.get("classifier")
-    features = context.recipe.maps.features_key()
+    features = context.features_key
     return None if classifier is None else {**features, "digest": classifier.output["digest"]}
 
 

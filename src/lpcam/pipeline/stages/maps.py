@@ -86,7 +86,7 @@ def _map_task(
         "classifier": context.results["classifier"].output["digest"],
         "scales": list(settings.scales),
         "flip": settings.flip,
-        "maps": section.model_dump(mode="json"),
+        "maps": {**section.model_dump(mode="json"), **context.features_key},
         "images": context.digest(items),
     }
 

@@ -19,7 +19,6 @@ from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images, read_
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.cache import Output, Result, Task
 from lpcam.pipeline.context import FEATURES_SHARE, Context
-from lpcam.pipeline.stages.classify import build_classifier
 from lpcam.runtime.errors import RecipeError
 from lpcam.runtime.files import digest_file
 from lpcam.runtime.progress import progress
@@ -36,7 +35,7 @@ Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 def validate(context: Context) -> None:
     """Refuse, before any stage runs, local features too large for memory, if they are needed."""
     if not context.folder.prototypes().is_file():
-        _check_memory(context, build_classifier(context, weights=RANDOM))
+        _check_memory(context, context.untrained(RANDOM))
 
 
 def _check_memory(context: Context, classifier: Classifier) -> None:
@@ -58,28 +57,31 @@ def cluster(context: Context) -> Iterator[Task]:
         "settings": settings.fitting,
         "cam_epsilon": settings.cam_epsilon,
         "split_maps": context.results["cam"].key if multi_scale else None,
-        "maps": recipe.maps.features_key(),
+        "maps": context.features_key,
         "seed": recipe.run.seed,
         "images": context.digest(items),
         **selected_key(context),
     }
-
-    @torch.inference_mode()
-    def local(batch: list[Item]) -> list[tuple[Tensor, Tensor]]:
-        (pair,) = context.store(context.classifier).pairs(batch, (1.0,))
-        weight, cams = context.classifier.weight, context.folder / "cam"
-        return [
-            (features, split_maps(features, item.labels, weight, map_path(cams, item.id), settings))
-            for item, features in zip(batch, pair.features, strict=True)
-        ]
 
     def prepare() -> Tensor:
         _check_memory(context, context.classifier)
         return context.classifier.weight
 
     def work(weight: Tensor, result: Result) -> Output | None:
+        store = context.store(context.classifier)
+
+        @torch.inference_mode()
+        def local(batch: list[Item]) -> list[tuple[Tensor, Tensor]]:
+            (pair,) = store.pairs(batch, (1.0,))
+            found = zip(batch, pair.features, strict=True)
+            return [(features, split(item, features)) for item, features in found]
+
         scorer, label = (weight, None), "local features"
         return make(context, result, items, settings, local, scorer, classifier, label)
+
+    def split(item: Item, features: Tensor) -> Tensor:
+        path, weight = map_path(context.folder / "cam", item.id), context.classifier.weight
+        return split_maps(features, item.labels, weight, path, settings)
 
     yield context.task("prototypes", parts, [context.folder.prototypes()], work, prepare)
     if "clusters" in settings.automatic:

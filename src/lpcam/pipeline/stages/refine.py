@@ -26,7 +26,6 @@ from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.cache import Output, Record, Result, Task
 from lpcam.pipeline.context import Context, FileOf, Given, one_network, required
 from lpcam.pipeline.run_folder import RESULTS, mask_path, refined_map_path
-from lpcam.pipeline.stages.classify import build_classifier
 from lpcam.pipeline.stages.judge import classifier_key, curves_of, sampled
 from lpcam.refine.base import (
     DECIDED,
@@ -115,14 +114,15 @@ def tools(context: Context) -> Tools:
         classes=context.dataset.classes,
         backbone=context.recipe.classifier,
         classifier=lambda: (
-            context.classifier if "classifier" in context.results else build_classifier(context)
+            context.classifier if "classifier" in context.results else context.untrained()
         ),
-        untrained=lambda: build_classifier(context, weights=RANDOM),
+        untrained=lambda: context.untrained(RANDOM),
         seed=context.recipe.run.seed,
         items=context.items("maps"),
         sharing=context.sharing,
         memory=image_memory(context),
         saliency=context.recipe.data.saliency,
+        accelerate=context.accelerate,
     )
 
 
@@ -248,6 +248,7 @@ def train_networks(context: Context) -> Iterator[Task]:
             "revision": method.revision,
             "labels": labels.key,
             **start,
+            **context.engine_key,
             "settings": settings,
             "seed": recipe.run.seed,
         }
@@ -379,6 +380,7 @@ def _parts(context: Context, job: Job) -> Record:
         "method": job.section.method,
         "maps": job.source.key,
         "network": None if trained is None else trained.output["digest"],
+        **({} if trained is None else context.engine_key),
         "mask_ids": list(context.dataset.classes.mask_ids),
         "maximum_side": context.recipe.maps.maximum_side,
         "dtype": context.recipe.maps.dtype,

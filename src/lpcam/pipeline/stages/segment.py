@@ -278,6 +278,7 @@ def _test_task(context: Context, section: SegmentSection, masks: TrainingMasks) 
     parts = {
         "revision": 1,
         "segmenter": digest_file(weights),
+        **context.engine_key,
         "test": section.test.model_dump(mode="json", exclude={"preset"}),
         "crf": _crf_settings(section),
         "maximum_side": context.recipe.maps.maximum_side,
@@ -286,6 +287,7 @@ def _test_task(context: Context, section: SegmentSection, masks: TrainingMasks) 
 
     def start(result: Result) -> Callable[[Item], None]:
         segmenter = Segmenter.load(weights).to(context.device)
+        segmenter.network = context.accelerate(segmenter.network)
         crf = inference.make_crf(section.test, refine.image_memory(context))
 
         def make(item: Item) -> None:
