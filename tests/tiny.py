@@ -94,7 +94,7 @@ def recipe_values(root: Path, folder: Path, weights: Path) -> dict[str, Any]:
         "maps": {"dtype": "uint8", "maximum_side": 128},
         "sheet": {"images": 2},
         "report": {"images": 0},
-        "run": {"folder": str(folder), "threads": 1, "device": "cpu"},
+        "run": {"folder": str(folder), "threads": 1, "device": "cpu", "engine": "torch"},
     }
 
 

@@ -16,7 +16,9 @@ from lpcam.runtime.resources import (
     available_memory,
     available_threads,
     container_limits,
+    native_bfloat16,
     peak_memory,
+    processor_quotas,
     reset_peak_memory,
     reuse_freed_memory,
 )
@@ -30,6 +32,7 @@ def test_processes_share_the_processors(
     monkeypatch: pytest.MonkeyPatch, processors: int, processes: int, expected: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
+    monkeypatch.setattr(resources, "processor_quotas", list)
     assert available_threads(processes) == expected
     assert available_threads() == processors
 
@@ -61,6 +64,65 @@ def test_limits_of_control_groups(
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, "utf-8")
     assert set(container_limits(membership, tmp_path / "groups")) == expected
+
+
+@pytest.mark.parametrize(
+    ("lines", "files", "expected"),
+    [
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, {1.5}),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, set()),
+        ("0::/a/b\n", {"cpu.max": "400000 100000\n", "a/b/cpu.max": "50000 100000\n"}, {4, 0.5}),
+        ("0::/docker/123\n", {"cpu.max": "200000 100000\n"}, {2}),
+        (
+            "4:memory:/x\n3:cpu,cpuacct:/x\n",
+            {"cpu/x/cpu.cfs_quota_us": "300000\n", "cpu/x/cpu.cfs_period_us": "100000\n"},
+            {3},
+        ),
+        ("3:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "1\n"}, set()),
+        ("0::/\n", {}, set()),
+    ],
+)
+def test_quotas_of_control_groups(
+    tmp_path: Path, lines: str, files: dict[str, str], expected: set[float]
+) -> None:
+    membership = tmp_path / "cgroup"
+    membership.write_text(lines, "utf-8")
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    assert set(processor_quotas(membership, tmp_path / "groups")) == expected
+
+
+@pytest.mark.parametrize(
+    ("quotas", "processes", "expected"),
+    [([], 1, 8), ([2.0], 1, 2), ([1.5], 1, 2), ([0.5], 1, 1), ([64.0, 4.0], 2, 2), ([0.2], 3, 1)],
+)
+def test_a_quota_of_processor_time_bounds_the_threads(
+    monkeypatch: pytest.MonkeyPatch, quotas: list[float], processes: int, expected: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setattr(resources, "processor_quotas", lambda: quotas)
+    assert available_threads(processes) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("flags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("flags : fpu amx_bf16 amx_tile\n", True),
+        ("Features\t: fp asimd bf16\n", True),
+        ("flags : fpu avx512f\n", False),
+        (None, False),
+    ],
+)
+def test_bfloat16_is_read_from_the_processors_flags(
+    tmp_path: Path, text: str | None, expected: bool
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if text is not None:
+        path.write_text(text, "utf-8")
+    assert native_bfloat16(path) is expected
 
 
 def test_memory_is_the_machines_or_the_narrowest_limit(monkeypatch: pytest.MonkeyPatch) -> None:

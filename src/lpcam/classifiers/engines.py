@@ -185,7 +185,11 @@ def network_of(
     else:
         known = file is not None and file.is_file()
         data = file.read_bytes() if known and file is not None else _exported(outputs)
-        run = _RUNTIMES[engine](data, precision)
+        try:
+            run = _RUNTIMES[engine](data, precision)
+        except Exception as error:  # runtimes raise errors of their own
+            where = f"; delete {file}" if known else ""
+            raise ClassifierError(f"it cannot be loaded ({_first_line(error)}){where}") from error
     if not known:
         _compare(outputs, run, images() if precision == "float32" else ())
         if file is not None and engine != "compile":
@@ -301,8 +305,9 @@ class _OnnxRuntime:
     layout = torch.contiguous_format
 
     def __init__(self, data: bytes, _: Precision) -> None:
-        self._data, self._sessions = data, dict[int, Any]()
-        self._lock = threading.Lock()
+        self._data, self._lock = data, threading.Lock()
+        threads = torch.get_num_threads()
+        self._sessions = {threads: self._session(threads)}
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         with self._lock:
@@ -326,8 +331,9 @@ class _OpenVino:
     layout = torch.contiguous_format
 
     def __init__(self, data: bytes, precision: Precision) -> None:
-        self._data, self._precision = data, precision
-        self._compiled, self._lock = dict[int, Any](), threading.Lock()
+        self._data, self._precision, self._lock = data, precision, threading.Lock()
+        threads = torch.get_num_threads()
+        self._compiled = {threads: self._compile(threads)}
 
     def __call__(self, images: Tensor) -> list[Tensor]:
         with self._lock:

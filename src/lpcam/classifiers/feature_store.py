@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -69,8 +69,8 @@ def naming(items: Sequence[Item]) -> Iterator[None]:
 class FeatureStore:
     """Features of images at several scales, from memory or the backbone; thread-safe.
 
-    ``classifier`` is one for inference. ``early`` are names of early layers, whose maps a pass at
-    scale 1 gives too.
+    ``early`` are names of early layers, whose maps a pass at scale 1 gives too; ``folded`` gives
+    the copy of the classifier that is used, run by an engine perhaps.
     """
 
     def __init__(
@@ -84,8 +84,9 @@ class FeatureStore:
         keep: Iterable[str],
         precision: Literal["float32", "bfloat16", "float16"] = "float32",
         early: Sequence[str] = (),
+        folded: Callable[[Classifier], Classifier] = Classifier.folded,
     ) -> None:
-        self.classifier = classifier
+        self.classifier = folded(classifier)
         self._tap = Tap(self.classifier.backbone, early) if early else None
         self.flip = flip
         self.maximum_side = maximum_side
@@ -94,6 +95,7 @@ class FeatureStore:
         self.keep = frozenset(keep)
         self.precision = PRECISIONS[precision]
         self.used = 0
+        self.passes = 0  #: Images that went through the backbone, each with its mirror, at a scale.
         self._kept: dict[tuple[str, float | str], Tensor] = {}
         self._lock = threading.Lock()
 
@@ -135,6 +137,14 @@ class FeatureStore:
             pairs.append(FeaturePair(full[:, 0], full[:, 1] if self.flip else None))
         return pairs
 
+    def fresh(self, images: NDArray[np.uint8], scale: float, *, flip: bool) -> FeaturePair:
+        """Features (B, C, h, w) of RGB images (B, H, W, 3) at a scale, by a counted pass."""
+        with self._lock:
+            self.passes += len(images)
+        precision = self.precision
+        one = (scale,)
+        return next(image_pyramid(self.classifier, images, one, flip=flip, precision=precision))
+
     def _compute(
         self,
         images: NDArray[np.uint8],
@@ -143,8 +153,7 @@ class FeatureStore:
         found: dict[tuple[str, float | str], Tensor] | None = None,
     ) -> list[Tensor]:
         """Features of images; those of early layers are offered, and put into ``found``."""
-        how: dict[str, Any] = {"flip": self.flip, "precision": self.precision}
-        (pair,) = image_pyramid(self.classifier, images, (scale,), **how)
+        pair = self.fresh(images, scale, flip=self.flip)
         stacked = torch.stack([part.to(self.dtype) for part in pair if part is not None], dim=1)
         tap = self._tap if scale == 1.0 else None
         maps = [] if tap is None else tap.take(images.shape[1:3])

@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.feature_store import FeatureStore, image_pyramid, naming
+from lpcam.classifiers.feature_store import FeatureStore, naming
 from lpcam.classifiers.linear import ProbeSettings, fit_head, mean_average_precision
 from lpcam.data.dataset import Item
 from lpcam.data.images import resize_long_side
+from lpcam.data.resize import scaled_size
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.runtime.parallel import one_thread
@@ -59,26 +60,43 @@ def multi_hot(items: Sequence[Item], classes: int) -> Tensor:
     return labels
 
 
+def _same_scales(
+    size: tuple[int, int] | None, side: int, scales: Sequence[float], most: int
+) -> list[float]:
+    """The scales at which an image (H, W) has the long ``side``, none if it is shrunk to most."""
+    if size is None or max(size) > most:
+        return []
+    wanted = scaled_size(*size, side / max(size))
+    return [scale for scale in scales if scaled_size(*size, scale) == wanted]
+
+
 def pooled_features(
     items: Sequence[Item],
     settings: ProbeSettings,
     store: FeatureStore,
     folder: Path,
     sharing: Sharing,
+    scales: Sequence[float] = (),
 ) -> Tensor | None:
-    """Pooled features (len(items), V, C) of views of images; complete shards are read again."""
+    """Pooled features (len(items), V, C) of views of images; complete shards are read again.
+
+    An image pooled at the size of one of the maps' ``scales`` needs no pass of its own.
+    """
     mine, processes = sharing.mine(items), sharing.processes
     shards = f"of-{processes.count}-by-{sharing.batch}"  # shards of other shares do not fit
 
     @torch.inference_mode()
     def pool(batch: list[Item]) -> Tensor:
-        if settings.long_side is None:
-            (pair,) = store.pairs(batch, (1.0,))
+        side, known = settings.long_side, sharing.sizes.get(batch[0].id)
+        shared = [1.0] if side is None else _same_scales(known, side, scales, store.maximum_side)
+        if shared and (store.flip or not settings.mirror):
+            (pair,) = store.pairs(batch, shared[:1])
         else:
-            images = [resize_long_side(i.read(), settings.long_side) for i in batch]
-            options: Any = {"flip": settings.mirror, "precision": store.precision}
+            images = [i.read() for i in batch]
+            if side is not None:
+                images = [resize_long_side(image, side) for image in images]
             with naming(batch):
-                (pair,) = image_pyramid(store.classifier, np.stack(images), (1.0,), **options)
+                pair = store.fresh(np.stack(images), 1.0, flip=settings.mirror)
         views = [view for view in pair[: 1 + settings.mirror] if view is not None]
         return torch.stack([view.mean((-2, -1)) for view in views], dim=1).cpu()
 

@@ -105,7 +105,7 @@ class ThresholdSweep:
         self.histogram += counts.view_as(self.histogram).to(self.histogram.device)
 
     def covered(self) -> tuple[Tensor, int]:
-        """Pixels of classes with their own label at every threshold, int64 (T,), and all of them."""
+        """Pixels of classes with their own label at every threshold, int64 (T,), and in all."""
         above = _above(self.histogram)
         hits = above[1:].diagonal().sum(-1)
         return hits, int(self.histogram[1:].sum())

@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import shlex
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,27 +17,20 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import Classifier, Preprocessing, build
+from lpcam.classifiers.classifier import Classifier, build
 from lpcam.classifiers.early_layers import early_layers
-from lpcam.classifiers.engines import (
-    Engine,
-    accelerated,
-    accelerated_network,
-    choose_engine,
-    file_name,
-)
+from lpcam.classifiers.engines import Engine
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Dataset, Item
-from lpcam.data.images import limit_long_side, resize_image
 from lpcam.data.pixels import key_of, look_at_pixels, refuse_ruin
 from lpcam.data.reader import ListName, Opened
-from lpcam.data.resize import scaled_size
 from lpcam.data.survey import Finding
 from lpcam.data.validation import check_images
 from lpcam.evaluation.scoring import why_not_scored
 from lpcam.method.settings import METHODS, LpcamSettings, Method
 from lpcam.pipeline.cache import LEFTOVERS, Output, Record, Result, Task
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
+from lpcam.pipeline.engine import RunEngine, samples
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.distributed import Processes, Sharing
@@ -435,50 +427,47 @@ class Context:
     def store(self, classifier: Classifier) -> FeatureStore:
         """The features of the classifier's backbone that the stages share."""
         if self._store is None:
+            layers = self._early_layers(classifier)
             section, probe = self.recipe.maps, self.recipe.classifier.probe
             mirror = self.training_method == "probe" and probe.long_side is None and probe.mirror
             self._store = FeatureStore(
-                self._accelerated(classifier, self.engine),
+                classifier,
                 flip=self.recipe.lpcam.flip or mirror,
                 maximum_side=section.maximum_side,
                 dtype=section.features,
                 precision=section.precision,
                 budget=int(self.memory() * FEATURES_SHARE),
                 keep=(item.id for item in (*self.items("maps"), *self.items("prototypes"))),
-                early=self._early_layers(classifier),
+                early=layers,
+                folded=partial(self._run_engine.classifier, engine=self.engine, layers=layers),
             )
         return self._store
 
     @cached_property
+    def _run_engine(self) -> RunEngine:
+        def images() -> list[Tensor]:
+            items, limit = list(self.dataset.items.values()), self.recipe.maps.maximum_side
+            sizes = [self.sharing.sizes[item.id] for item in items]
+            return samples(items, sizes, self.lpcam.scales, limit)
+
+        return RunEngine(self.recipe, self.folder, self.device, self.processes, images)
+
+    @cached_property
     def engine(self) -> Engine:
         """What runs the passes of frozen networks; decided once for the weights of a run folder."""
-        recipe, precision = self.recipe, self.recipe.maps.precision
-        asked = recipe.run.engine
-        if asked == "auto" and recipe.lpcam.published:
-            asked = "torch"
-        if asked == "torch":
-            return choose_engine(asked, self.device, precision)
         made = self.results["classifier"].output if "classifier" in self.results else {}
-        weights = made.get("fingerprint", recipe.classifier.backbone_key())
-        key = digest_json([asked, precision, weights, self._looks_early, self.makes_maps])
-        path = self.folder.engine_record
-        if self.processes.first and (not path.is_file() or read_json(path).get("key") != key):
-            engine = choose_engine(asked, self.device, precision)
-            reason = "as the recipe says" if asked != "auto" else "the fastest that is installed"
-            shutil.rmtree(self.folder.engine, ignore_errors=True)
-            layers: tuple[str, ...] = ()
-            if engine != "torch" and self.makes_maps:
-                classifier = self.classifier if made else self.untrained()
-                layers = self._early_layers(classifier)
-                try:
-                    self._accelerated(classifier, engine)
-                except ClassifierError as error:
-                    engine, reason = "torch", f"{engine} is not used: {error}"
-            write_json(path, {"key": key, "engine": engine, "reason": reason, "layers": layers})
-        self.processes.wait()
-        record = read_json(path)
-        self.chose("run.engine", record["engine"], record["reason"])
-        return choose_engine(record["engine"], self.device, precision)  # it may be missing here
+        weights = made.get("fingerprint", self.recipe.classifier.backbone_key())
+
+        def given() -> tuple[Classifier, Sequence[str]]:
+            classifier = self.classifier if made else self.untrained()
+            return classifier, self._early_layers(classifier)
+
+        parts = [weights, self._looks_early, self.makes_maps]
+        record = self._run_engine.decide(parts, given if self.makes_maps else None)
+        if record["engine"] != "torch" or self.recipe.run.engine != "torch":
+            self.chose("run.engine", record["engine"], record["reason"])
+        found: Engine = record["engine"]
+        return found
 
     @property
     def engine_key(self) -> Record:
@@ -490,14 +479,6 @@ class Context:
         """What changes the features, for a cache key."""
         return {**self.recipe.maps.features_key(), **self.engine_key}
 
-    def _accelerated(self, classifier: Classifier, engine: Engine) -> Classifier:
-        """The classifier as an engine runs it, with the early layers that the run looks at."""
-        layers = self._early_layers(classifier)
-        file, precision = self._file(classifier.backbone, layers), self.recipe.maps.precision
-        return accelerated(
-            classifier, engine, file, self._samples, layers=layers, precision=precision
-        )
-
     def accelerate(
         self, network: nn.Module, call: Callable[[Tensor], Any] | None = None
     ) -> nn.Module:
@@ -505,32 +486,7 @@ class Context:
 
         It stays as it is, which is told, where the engine cannot run it.
         """
-        engine = self.engine
-        try:
-            return accelerated_network(network, engine, self._file(network), self._samples, call)
-        except ClassifierError as error:
-            if self.processes.first:
-                name = type(network).__name__
-                logger.warning("torch runs %s, because of %s: %s", name, engine, error)
-            return network
-
-    def _file(self, network: nn.Module, layers: Sequence[str] = ()) -> Path | None:
-        """File of a network for an engine, which only the first process writes."""
-        file = self.folder.engine / file_name(network, layers)
-        return file if self.processes.first or file.is_file() else None
-
-    def _samples(self) -> list[Tensor]:
-        """Normalised images of the run (1, 3, H, W), on which an engine is compared with torch."""
-        limit, scales = self.recipe.maps.maximum_side, sorted(self.lpcam.scales)
-        sizes = self.sharing.sizes
-        items = sorted(self.dataset.items.values(), key=lambda one: math.prod(sizes[one.id]))
-        chosen = items[0], items[len(items) // 2], items[-1]
-        found = []
-        for item, scale in zip(chosen, (scales[-1], 1.0, scales[0]), strict=True):
-            image = limit_long_side(item.read(), limit)
-            image = resize_image(image, scaled_size(image.shape[0], image.shape[1], scale))
-            found.append(Preprocessing((0.5,) * 3, (0.5,) * 3)(image)[None])
-        return found
+        return self._run_engine.network(network, self.engine, call)
 
     def untrained(self, weights: str | Path | None = None) -> Classifier:
         """A classifier with its first weights, the recipe's or others, on the run's device."""
@@ -538,6 +494,11 @@ class Context:
         first = section.first_weights(self.recipe.run.seed)
         first["weights"] = weights or first["weights"]
         return build(section.spec(), names, **first).to(self.device)
+
+    @property
+    def passes(self) -> int:
+        """Images that went through the backbone so far, each with its mirror, at a scale."""
+        return 0 if self._store is None else self._store.passes
 
     def memory(self) -> float:
         """Memory that this process may use for features, in bytes."""

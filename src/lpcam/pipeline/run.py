@@ -162,17 +162,22 @@ def _work(
 
 
 def _work_stage(context: Context, stage: Stage) -> None:
-    started = time.monotonic()
+    started, before = time.monotonic(), context.passes
     reset_peak_memory()
     again = context.only == stage.name
     worked = [context.execute(task, again=again) for task in stage.tasks(context)]
     if any(worked):
-        seconds = time.monotonic() - started
-        logger.info("%s: done in %.1f s", stage.name, seconds)
+        seconds, passes = time.monotonic() - started, context.passes - before
+        told = f", {passes:,} passes" if passes else ""
+        logger.info("%s: done in %.1f s%s", stage.name, seconds, told)
         if context.processes.first:
             path = context.folder.use
             use = read_json(path) if path.is_file() else {}
-            use[stage.name] = {"seconds": round(seconds, 2), "peak_memory": peak_memory()}
+            use[stage.name] = {
+                "seconds": round(seconds, 2),
+                "peak_memory": peak_memory(),
+                "passes": passes,
+            }
             write_json(path, use)
     elif worked:  # else a host or refinement that has no use for this stage
         logger.info("%s: up to date", stage.name)

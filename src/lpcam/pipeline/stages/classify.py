@@ -48,6 +48,7 @@ def classify(context: Context) -> Iterator[Task]:
             mode="json", exclude={"preset"}
         ),
         "maps": context.features_key if probed else recipe.maps.features_key(),
+        "scales": list(context.lpcam.scales) if probed and section.probe.long_side else None,
         "seed": recipe.run.seed,
         "training": context.digest(training),
         "validation": context.digest(held_out),
@@ -58,7 +59,8 @@ def classify(context: Context) -> Iterator[Task]:
             options = context.training_options(folder)
             return finetune(classifier, training, held_out, section.finetune, **options)
         items, store = [*training, *held_out], context.store(classifier)
-        pooled = pooled_features(items, section.probe, store, folder, context.sharing)
+        shared = context.sharing, context.lpcam.scales
+        pooled = pooled_features(items, section.probe, store, folder, *shared)
         if pooled is None:
             return []  # the first process fits the head, the others read it
         refit = recipe.data.lists.validate_ is None
