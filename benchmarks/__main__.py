@@ -20,6 +20,7 @@ from lpcam.pipeline.run_folder import RunFolder
 ALL = (
     "start_up",
     "map_head",
+    "engines",
     "extraction",
     "fit",
     "fit_against_training",
@@ -33,6 +34,7 @@ ALL = (
 TAKES = {
     "start_up": ("quick",),
     "map_head": ("quick",),
+    "engines": ("quick", "data", "weights"),
     "extraction": ("quick", "data", "weights"),
     "fit": ("quick",),
     "fit_against_training": ("quick", "data", "weights"),

@@ -175,6 +175,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_argument("--runs", type=Path, help="folder where runs are kept")
     arguments.add_argument("--seeds", type=int, default=3)
     arguments.add_argument("--refine", default=None, help="refinement of the adaptive runs")
+    arguments.add_argument("--engine", default="auto", help="run.engine")
+    arguments.add_argument("--precision", default="float32", help="maps.precision")
     arguments.add_argument("--sets", nargs="*", help="names of the sets, else all")
     options = arguments.parse_args(argv)
     count, threads = (1 if options.quick else options.seeds), options.threads[-1]
@@ -183,7 +185,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         size = (40, 64) if options.quick else (demo.IMAGES, demo.SIZE)
         drawing = {"images": size[0], "size": size[1], "seed": demo.SEED, "revision": 1}
         demo.draw(runs / "drawings", drawing)
-        shared = {"run.threads": threads}
+        shared = {"run.threads": threads, "run.engine": options.engine}
+        shared["maps.precision"] = options.precision
         if options.refine:
             shared["refine.method"] = options.refine
         if options.refine == "irn":
