@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -50,6 +50,8 @@ class Picture:
     maps: MapFile
     image: Tensor  #: (H, W, 3) uint8 RGB, at the size of refinement.
     planes: Tensor  #: (K, H, W) maps at that size.
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What refinements compute from the image alone, for all of its kinds of maps."""
 
 
 @dataclass(frozen=True)
@@ -193,8 +195,8 @@ class LearnedRefinement(Refinement):
         """Everything beside the maps that the labels depend on, as JSON."""
 
     @abstractmethod
-    def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
-        """Return a function that writes the labels of one picture to a file."""
+    def labeller(self, jobs: Sequence[Job]) -> Callable[[Sequence[Picture], Sequence[Path]], None]:
+        """Return a function that writes the labels of one image, a file for each kind of maps."""
 
     def released(self) -> Sequence[Released]:
         """The files of released programs that hold this network."""

@@ -190,7 +190,8 @@ class DenseCrf:
         together = min(len(rows), max(1, COLUMNS // (count - 1)))
         pairwise = self._pairwise(image, max(count, together * (count - 1)), dtype)
         marginals = [
-            _mean_field(part, pairwise, self.settings.iterations) for part in rows.split(together)
+            _mean_field(part, pairwise, self.settings.iterations)
+            for part in torch.split(rows, together)
         ]
         return torch.cat(marginals).to(unary.dtype).reshape(unary.shape)
 
