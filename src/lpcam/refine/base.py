@@ -86,6 +86,8 @@ class Job:
         return self.section.settings
 
 
+WriteLabels = Callable[[Sequence[Picture], Sequence[Path]], None]
+"""Writes the labels of one image, a file for each kind of maps."""
 Refine = Callable[[Picture], Tensor | tuple[Tensor, Tensor]]
 """Returns the refined maps (K, H, W) of a picture, or those at stride 4 (K, h, w) and these."""
 
@@ -195,8 +197,8 @@ class LearnedRefinement(Refinement):
         """Everything beside the maps that the labels depend on, as JSON."""
 
     @abstractmethod
-    def labeller(self, jobs: Sequence[Job]) -> Callable[[Sequence[Picture], Sequence[Path]], None]:
-        """Return a function that writes the labels of one image, a file for each kind of maps."""
+    def labeller(self, jobs: Sequence[Job]) -> WriteLabels:
+        """Return a function that writes the labels of an image for the maps of each job."""
 
     def released(self) -> Sequence[Released]:
         """The files of released programs that hold this network."""

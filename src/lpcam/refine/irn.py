@@ -7,7 +7,7 @@ Specification, sections 6 to 8. B images of H x W pixels, K classes, h = ceil(H 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -141,7 +141,7 @@ def boundary_map(
 ) -> Tensor:
     """Boundaries (h, w): sigmoid of the mean logit of an image and its mirror image (8.1).
 
-    ``shared`` keeps the image's features under a key, which stands for the pyramid's weights.
+    ``shared`` keeps the image's features under a key that stands for the pyramid's weights.
     """
     network.eval()
     shared = {} if shared is None else shared
@@ -150,8 +150,7 @@ def boundary_map(
         shared[key] = network.pyramid(tensor), network.pyramid(tensor.flip(-1))
     size = quarter_size(image.shape[:2])
     logits, mirrored = (network.branches.boundary(pyramid, size) for pyramid in shared[key])
-    mean: Tensor = (logits + unflip(mirrored)) / 2
-    return mean.sigmoid()[0]
+    return torch.sigmoid((logits + unflip(mirrored)) / 2)[0]
 
 
 def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
@@ -221,9 +220,7 @@ class _IrnRefinement(base.LearnedRefinement):
         thresholds = job.settings.ternary_thresholds(job.source.method, job.source.shift)
         return ternary_key(job.section.label_crf, thresholds, job.tools.classes)
 
-    def labeller(
-        self, jobs: Sequence[base.Job]
-    ) -> Callable[[Sequence[base.Picture], Sequence[Path]], None]:
+    def labeller(self, jobs: Sequence[base.Job]) -> base.WriteLabels:
         thresholds = [
             job.settings.ternary_thresholds(job.source.method, job.source.shift) for job in jobs
         ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -315,9 +315,7 @@ class _PsaRefinement(base.LearnedRefinement):
         crf = CrfSettings.from_preset("psa").model_dump(mode="json", exclude={"preset"})
         return {"alphas": [job.settings.low_alpha, job.settings.high_alpha], "crf": crf}
 
-    def labeller(
-        self, jobs: Sequence[base.Job]
-    ) -> Callable[[Sequence[base.Picture], Sequence[Path]], None]:
+    def labeller(self, jobs: Sequence[base.Job]) -> base.WriteLabels:
         crf = DenseCrf(CrfSettings.from_preset("psa"), memory=jobs[0].tools.memory)
         alphas = (jobs[0].settings.low_alpha, jobs[0].settings.high_alpha)
 

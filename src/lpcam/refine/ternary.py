@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lpcam.data.dataset import IGNORE, ClassTable
 from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.refine.base import Picture, shifted
+from lpcam.refine.base import Picture, WriteLabels, shifted
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.runtime.settings import Fraction, PresetModel
 
@@ -82,7 +82,7 @@ def ternary_labeller(
     memory: int | None,
     classes: ClassTable,
     thresholds: Sequence[Sequence[float]],
-) -> Callable[[Sequence[Picture], Sequence[Path]], None]:
+) -> WriteLabels:
     """Writes ternary masks of an image, at its maps' size: 0, mask ids, 255 undecided.
 
     ``thresholds`` has two for each kind of maps, which show the same classes.

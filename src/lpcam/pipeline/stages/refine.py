@@ -37,6 +37,7 @@ from lpcam.refine.base import (
     RefineSection,
     Source,
     Tools,
+    WriteLabels,
 )
 from lpcam.runtime.errors import ArtefactError, DataError, RecipeError
 from lpcam.runtime.files import digest_file, digest_json
@@ -74,7 +75,7 @@ def label_task(
     wanted: Mapping[str, tuple[Source | Result, Record, Any]],
     label: str,
     path: FileOf,
-    labeller: Callable[[list[Any]], Callable[[Sequence[Picture], Sequence[Path]], None]],
+    labeller: Callable[[list[Any]], WriteLabels],
     items: Sequence[Item],
 ) -> Task:
     """A task that writes a file of labels for every image and source of maps.
