@@ -268,7 +268,9 @@ def test_an_image_that_cannot_be_refined_is_named(
     shutil.copytree(plain["run"]["folder"], tmp_path / "run")
     values = changed(in_folder(plain, tmp_path / "run"), refine={"method": "crf"})
     monkeypatch.setattr("lpcam.runtime.resources.IMAGE_SHARE", 1e-7)
-    with pytest.raises(DataError, match=r"pseudo masks of CAM, image 'i0.'.*maps\.maximum_side"):
+    with pytest.raises(
+        DataError, match=r"pseudo masks of CAM and LPCAM, image 'i0.'.*maps\.maximum_side"
+    ):
         go(values)
 
 

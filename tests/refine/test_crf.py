@@ -78,6 +78,19 @@ def test_against_brute_force() -> None:
     assert float((found - marginals).abs().mean()) < 0.03
 
 
+@pytest.mark.parametrize("count", [2, 4, 12])
+def test_problems_of_one_image_do_not_mix(count: int) -> None:
+    """Also where there are more columns than are filtered at once."""
+    image = picture(15, 18)
+    given = torch.stack([scores(count, 15, 18, seed) for seed in range(6)]).view(
+        2, 3, count, 15, 18
+    )
+    crf = DenseCrf(PSA)
+    found = crf.refine_probabilities(image, given)
+    for one, expected in zip(given.flatten(0, 1), found.flatten(0, 1), strict=True):
+        torch.testing.assert_close(crf.refine_probabilities(image, one), expected)
+
+
 def test_marginals_sum_to_one_and_move_towards_the_neighbours() -> None:
     image = torch.zeros(20, 20, 3, dtype=torch.uint8)
     image[:, 10:] = 200

@@ -194,6 +194,20 @@ def test_boundary_map(fresh: Any) -> None:
     torch.testing.assert_close(mirror, found.flip(-1))
 
 
+def test_networks_with_equal_pyramids_share_an_images_features(
+    fresh: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = fresh(seed=0), fresh(seed=1)
+    image = np.random.default_rng(0).integers(0, 256, (61, 83, 3)).astype(np.uint8)
+    alone = [boundary_map(network, image) for network in (first, second)]
+    shared: dict[str, Any] = {}
+    assert torch.equal(boundary_map(first, image, shared, "a"), alone[0])
+    monkeypatch.setattr(second.pyramid, "forward", None)
+    assert torch.equal(boundary_map(second, image, shared, "a"), alone[1])
+    with pytest.raises(TypeError):
+        boundary_map(second, image, shared, "b")
+
+
 @pytest.mark.parametrize(
     ("preset", "method", "shift", "expected"),
     [
@@ -222,7 +236,7 @@ def test_what_walks(walked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         seen.append(maps)
         return maps
 
-    network = SimpleNamespace(folded=lambda: None)
+    network = SimpleNamespace(folded=lambda: None, pyramid=SimpleNamespace(state_dict=dict))
     network.to = lambda _: network
     monkeypatch.setattr(irn.Irn, "load", lambda _: network)
     monkeypatch.setattr(irn, "boundary_map", lambda *_: torch.zeros(6, 8))

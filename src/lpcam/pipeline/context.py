@@ -6,7 +6,7 @@ import logging
 import math
 import shlex
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -131,24 +131,25 @@ class Context:
 
     def image_task(
         self,
-        name: str,
+        parts: Mapping[str, Record],
         label: str,
-        parts: Record,
         items: Sequence[Item],
         files: Sequence[FileOf],
-        start: Callable[[Result], Callable[[Item], None]],
+        start: Callable[..., Callable[[Item], None]],
     ) -> Task:
         """A task that makes files of each image, unless all of them are there.
 
-        ``start``, called if there is something to do, returns what makes the files of an image.
+        It has a result for each name in ``parts``. ``start``, called with those that are not up to
+        date, returns what makes their files of an image.
         """
 
-        def work(result: Result) -> None:
-            make = start(result)
+        def work(*results: Result) -> None:
+            wanted = [result for result in results if not result.done()] or results
+            make = start(*wanted)
 
             @torch.inference_mode()
             def unless_made(item: Item) -> None:
-                if all(file(result.folder, item.id).is_file() for file in files):
+                if all(f(one.folder, item.id).is_file() for one in wanted for f in files):
                     return
                 try:
                     make(item)
@@ -164,8 +165,12 @@ class Context:
                 for _ in self.sharing.map(unless_made, mine):
                     advance(1, "")
 
-        made = [file(self.folder / name, item.id) for file in files for item in items]
-        return self.task(name, {"images": self.digest(items), **parts}, made, work)
+        images = self.digest(items)
+        results = []
+        for name, own in parts.items():
+            made = [file(self.folder / name, item.id) for file in files for item in items]
+            results.append(Result(name, self.folder / name, {"images": images, **own}, made))
+        return Task(results, work)
 
     def training_task(
         self,
@@ -213,8 +218,8 @@ class Context:
         results, first = task.results, self.processes.first
         self.results |= {result.name: result for result in results}
         stale = [result for result in results if not result.done()]
-        todo = again or bool(stale)
-        if todo:
+        wanted = results if again else stale
+        if wanted:
             if self.only is not None and not again:
                 raise ArtefactError(
                     f"{stale[0].folder} is missing, unfinished or not of the present data, weights "
@@ -225,13 +230,13 @@ class Context:
             prepared = () if task.prepare is None else (task.prepare(),)
             self.processes.wait()
             if first:
-                for result in results:
+                for result in wanted:
                     result.begin()
             self.processes.wait()
             output = task.work(*prepared, *results) or {}
             self.processes.wait()
             if first:
-                for result in results:
+                for result in wanted:
                     result.finish(output)
             self.processes.wait()
             for result in results:
@@ -244,7 +249,7 @@ class Context:
             for folder in (result.folder for result in results):
                 for path in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
                     path.unlink()
-        return todo
+        return bool(wanted)
 
     def _index(self) -> tuple[Dataset, dict[str, Record]]:
         """The data set without unreadable images, and a record of each image's files."""

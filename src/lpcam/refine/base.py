@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -50,6 +50,8 @@ class Picture:
     maps: MapFile
     image: Tensor  #: (H, W, 3) uint8 RGB, at the size of refinement.
     planes: Tensor  #: (K, H, W) maps at that size.
+    shared: dict[str, Any] = field(default_factory=dict)
+    """What refinements compute from the image alone, for all of its kinds of maps."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ class Job:
         return self.section.settings
 
 
+WriteLabels = Callable[[Sequence[Picture], Sequence[Path]], None]
+"""Writes the labels of one image, a file for each kind of maps."""
 Refine = Callable[[Picture], Tensor | tuple[Tensor, Tensor]]
 """Returns the refined maps (K, H, W) of a picture, or those at stride 4 (K, h, w) and these."""
 
@@ -195,8 +199,8 @@ class LearnedRefinement(Refinement):
         """Everything beside the maps that the labels depend on, as JSON."""
 
     @abstractmethod
-    def labeller(self, job: Job) -> Callable[[Picture, Path], None]:
-        """Return a function that writes the labels of one picture to a file."""
+    def labeller(self, jobs: Sequence[Job]) -> WriteLabels:
+        """Return a function that writes the labels of an image for the maps of each job."""
 
     def released(self) -> Sequence[Released]:
         """The files of released programs that hold this network."""

@@ -59,6 +59,7 @@ class CrfSettings(PresetModel):
 NORM_EPSILON = 1e-20  #: Added to the row sums of a kernel before their square root is taken.
 SAFE_EXPONENT = 80.0  #: exp of it is finite in float32, as are sums of many labels' exponentials.
 KEPT_SIZES = 4  #: Number of image sizes whose Gaussian kernels are kept.
+COLUMNS = 8  #: Columns of marginals that are filtered at once: hardly slower than one.
 ROUNDING = 1e-3  #: Excess of maps over 1 that is cut off instead of refused.
 
 
@@ -116,28 +117,33 @@ def _grid(size: tuple[int, int], device: torch.device, dtype: torch.dtype) -> Te
 
 
 def _mean_field(unary: Tensor, pairwise: Filter | None, iterations: int) -> Tensor:
-    """Marginals Q (P, n) after some iterations from Q = softmax(-U) of energies (P, n)."""
-    # The smallest energy of a pixel becomes 0, so that one of its exponents is not negative.
-    energy = unary - unary.amin(1, keepdim=True)
-    marginals = _normalise(energy.neg().exp_())
-    if pairwise is None:
-        return marginals
-    bounded: bool | None = None
-    for _ in range(iterations):
-        exponents = pairwise(marginals)
-        if bounded is None:
-            # Marginals sum to one, so these sums are the same in every iteration and bound the
-            # exponents.
-            bounded = bool(exponents.sum(1).max() < SAFE_EXPONENT)
-        exponents -= energy
-        if not bounded:
-            exponents -= exponents.amax(1, keepdim=True)
-        marginals = _normalise(exponents.exp_())
-    return marginals
+    """Marginals Q (A, n, P) after some iterations from Q = softmax(-U) of A energies (A, n, P).
+
+    Marginals sum to one, so those of the first label are not filtered: what it would get is the
+    filter of ones without what the others get.
+    """
+    energy = (unary[:, 1:] - unary[:, :1]).permute(2, 0, 1).contiguous()  # relative to the first
+    first, others = _softmax(energy.neg(), bounded=False)
+    if pairwise is not None:
+        whole = pairwise(energy.new_ones(len(energy), 1))[:, None]
+        bounded = bool(whole.max() - energy.min() < SAFE_EXPONENT)
+        for _ in range(iterations):
+            exponents = pairwise(others.flatten(1)).view_as(energy)
+            exponents += exponents.sum(2, keepdim=True) - whole
+            first, others = _softmax(exponents.sub_(energy), bounded=bounded)
+    return torch.cat([first, others], 2).permute(1, 2, 0)
 
 
-def _normalise(values: Tensor) -> Tensor:
-    return values.div_(values.sum(1, keepdim=True))
+def _softmax(exponents: Tensor, *, bounded: bool) -> tuple[Tensor, Tensor]:
+    """Marginals of the first label, with exponent 0, and of others (P, A, n - 1), in place."""
+    first = exponents.new_zeros(1, 1, 1)
+    if not bounded:
+        first = -exponents.amax(2, keepdim=True).clamp_(min=0)
+        exponents += first
+    exponents.exp_()
+    first = first.exp()
+    scale = (exponents.sum(2, keepdim=True) + first).reciprocal_()
+    return first * scale, exponents.mul_(scale)
 
 
 class DenseCrf:
@@ -180,12 +186,14 @@ class DenseCrf:
         count, height, width = unary.shape[-3:]
         _check_count(count)
         dtype = base.compute_dtype(unary)
-        pairwise = self._pairwise(image, count, dtype)
+        rows = unary.to(dtype).reshape(-1, count, height * width)
+        together = min(len(rows), max(1, COLUMNS // (count - 1)))
+        pairwise = self._pairwise(image, max(count, together * (count - 1)), dtype)
         marginals = [
-            _mean_field(rows.t().to(dtype).contiguous(), pairwise, self.settings.iterations).t()
-            for rows in unary.reshape(-1, count, height * width)
+            _mean_field(part, pairwise, self.settings.iterations)
+            for part in torch.split(rows, together)
         ]
-        return torch.stack(marginals).to(unary.dtype).reshape(unary.shape)
+        return torch.cat(marginals).to(unary.dtype).reshape(unary.shape)
 
     def _pairwise(self, image: Tensor, labels: int, dtype: torch.dtype) -> Filter | None:
         """The joined kernels of an image, each times its weight; None where no kernel has one."""

@@ -7,7 +7,7 @@ Specification, sections 6 to 8. B images of H x W pixels, K classes, h = ceil(H 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Self
@@ -32,6 +32,7 @@ from lpcam.refine.irn_network import Irn, build_irn
 from lpcam.refine.pair_network import PairSettings, train_on_pairs
 from lpcam.refine.ternary import TernarySettings, crf_labels, ternary_key, ternary_labeller
 from lpcam.refine.walk import EPSILON, STRIDE
+from lpcam.runtime.files import digest_tensors
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import scale_mirror_crop
 from lpcam.training.loop import History
@@ -135,15 +136,21 @@ def _read(item: Item, path: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
 @torch.no_grad()
-def boundary_map(network: Irn, image: NDArray[np.uint8]) -> Tensor:
-    """Boundaries (h, w): sigmoid of the mean logit of an image and its mirror image (8.1)."""
+def boundary_map(
+    network: Irn, image: NDArray[np.uint8], shared: dict[str, Any] | None = None, key: str = ""
+) -> Tensor:
+    """Boundaries (h, w): sigmoid of the mean logit of an image and its mirror image (8.1).
+
+    ``shared`` keeps the image's features under a key that stands for the pyramid's weights.
+    """
     network.eval()
-    tensor = network.pyramid.preprocessing(image)[None].to(network.device)
-    size = quarter_size(tensor.shape[-2:])
-    boundary = network.branches.boundary
-    logits: Tensor = boundary(network.pyramid(tensor), size)
-    mirrored: Tensor = boundary(network.pyramid(tensor.flip(-1)), size)
-    return ((logits + unflip(mirrored)) / 2).sigmoid()[0]
+    shared = {} if shared is None else shared
+    if key not in shared:
+        tensor = network.pyramid.preprocessing(image)[None].to(network.device)
+        shared[key] = network.pyramid(tensor), network.pyramid(tensor.flip(-1))
+    size = quarter_size(image.shape[:2])
+    logits, mirrored = (network.branches.boundary(pyramid, size) for pyramid in shared[key])
+    return torch.sigmoid((logits + unflip(mirrored)) / 2)[0]
 
 
 def propagate(maps: Tensor, edge: Tensor, settings: IrnSettings) -> Tensor:
@@ -213,10 +220,12 @@ class _IrnRefinement(base.LearnedRefinement):
         thresholds = job.settings.ternary_thresholds(job.source.method, job.source.shift)
         return ternary_key(job.section.label_crf, thresholds, job.tools.classes)
 
-    def labeller(self, job: base.Job) -> Callable[[base.Picture, Path], None]:
-        tools, source = job.tools, job.source
-        thresholds = job.settings.ternary_thresholds(source.method, source.shift)
-        return ternary_labeller(job.section.label_crf, tools.memory, thresholds, tools.classes)
+    def labeller(self, jobs: Sequence[base.Job]) -> base.WriteLabels:
+        thresholds = [
+            job.settings.ternary_thresholds(job.source.method, job.source.shift) for job in jobs
+        ]
+        crf, tools = jobs[0].section.label_crf, jobs[0].tools
+        return ternary_labeller(crf, tools.memory, tools.classes, thresholds)
 
     def released(self) -> Sequence[Released]:
         """The file ``res50_irn.pth`` of the network in training, with its paths of pairs."""
@@ -278,13 +287,14 @@ class _IrnRefinement(base.LearnedRefinement):
         """Walks the maps; writes the boundaries beside the pseudo masks."""
         trained = Irn.load(network).to(job.tools.device)
         trained.pyramid.accelerate = job.tools.accelerate
+        key = f"pyramid {digest_tensors(trained.pyramid.state_dict(), {})}"
         loaded = trained.folded()
         cleaned = job.settings.walked == "cleaned"
         crf = DenseCrf(job.section.label_crf, memory=job.tools.memory) if cleaned else None
 
         def refine(picture: base.Picture) -> tuple[Tensor, Tensor]:
             image = picture.image.cpu().numpy()
-            boundary = boundary_map(loaded, image)
+            boundary = boundary_map(loaded, image, picture.shared, key)
             write_plane(folder / "boundaries" / f"{picture.item.id}.png", boundary.cpu().numpy())
             quarter = resize(torch.from_numpy(picture.maps.cam), boundary.shape).to(boundary)
             if crf is not None and len(picture.planes):

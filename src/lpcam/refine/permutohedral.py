@@ -84,18 +84,19 @@ def permutohedral_lattice(positions: Tensor) -> Lattice:
     for i in range(1, d):
         order = order.mul_(d + 1).add_(rank[i])
     ranks = torch.cartesian_prod(*[torch.arange(d + 1)] * d).view(-1, d)
-    codes = base.long().repeat(d + 1, 1)
+    # short codes are sorted in half the time
+    dtype = torch.int32 if turn * (d + 1) < 2**31 else torch.int64
+    codes = base.to(dtype).repeat(d + 1, 1)
     for r in range(d + 1):
         step = turn * r - (ranks > d - r).long() @ torch.tensor(strides)
-        codes[r] += step.to(positions.device).index_select(0, order)
+        codes[r] += step.to(codes).index_select(0, order)
     del corner, rank, base, order
 
-    codes, places = torch.sort(codes, dim=1, stable=True)
-    codes = codes.view(-1)
+    # Codes ascend with the remainder: one sort of all is one of each row, and radix sort is for
+    # one dimension alone.
+    codes, places = torch.sort(codes.view(-1), stable=True)
     first = torch.cat([codes.new_ones(1, dtype=torch.bool), codes[1:] != codes[:-1]])
     begins = first.nonzero().view(-1)
-    places += torch.arange(0, count * (d + 1), count, device=positions.device).unsqueeze(1)
-    places = places.view(-1)
     vertices = torch.empty(count * (d + 1), dtype=torch.int32, device=positions.device)
     vertices[places] = first.cumsum(0, dtype=torch.int32).sub_(1)
     return Lattice(
@@ -158,17 +159,14 @@ def _blur_rows(codes: Tensor, strides: Sequence[int], turn: int) -> Tensor:
     result = torch.full((d + 1, count + 1, 3), count, dtype=torch.int32, device=codes.device)
     result[:, :, 0] = torch.arange(count + 1, dtype=torch.int32, device=codes.device)
     # One way along direction j every coordinate falls by one, but the j-th grows by d. From
-    # remainder 0 that leads to remainder d with every q_i one lower. Points of remainder 0 come
-    # first and their neighbours last: with them moved to the end, the neighbours ascend too.
+    # remainder 0 that leads to remainder d with every q_i one lower.
     zero = int(torch.searchsorted(codes, turn))
-    back = torch.cat([codes[zero:] - turn, codes[:zero] + (d * turn - sum(strides))])
-    # Sorted together, a neighbour that exists stands behind the point that it is.
-    codes, back = codes * 4, back * 4 + 1
+    back = torch.cat([codes[:zero] + (d * turn - sum(strides)), codes[zero:] - turn])
     for j, stride in enumerate([*strides, 0]):
-        both = torch.cat([codes, back + stride * 4]).sort().values
-        at = (both[1:] - both[:-1] == 1).nonzero().view(-1)
-        target = ((both & 1) == 0).cumsum(0, dtype=torch.int32).index_select(0, at) - 1
-        source = (at - target + zero) % count
+        neighbours = back + stride
+        at = torch.searchsorted(codes, neighbours, out_int32=True).clamp_(max=count - 1)
+        source = (codes.index_select(0, at) == neighbours).nonzero().view(-1)
+        target = at.index_select(0, source)
         result[j, source, 1] = target
         result[j, target, 2] = source.to(torch.int32)
     return result

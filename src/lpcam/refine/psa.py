@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -315,12 +315,13 @@ class _PsaRefinement(base.LearnedRefinement):
         crf = CrfSettings.from_preset("psa").model_dump(mode="json", exclude={"preset"})
         return {"alphas": [job.settings.low_alpha, job.settings.high_alpha], "crf": crf}
 
-    def labeller(self, job: base.Job) -> Callable[[base.Picture, Path], None]:
-        crf = DenseCrf(CrfSettings.from_preset("psa"), memory=job.tools.memory)
-        alphas = (job.settings.low_alpha, job.settings.high_alpha)
+    def labeller(self, jobs: Sequence[base.Job]) -> base.WriteLabels:
+        crf = DenseCrf(CrfSettings.from_preset("psa"), memory=jobs[0].tools.memory)
+        alphas = (jobs[0].settings.low_alpha, jobs[0].settings.high_alpha)
 
-        def write(picture: base.Picture, path: Path) -> None:
-            write_scores(path, crf_scores(crf, picture.image, picture.planes, alphas))
+        def write(pictures: Sequence[base.Picture], paths: Sequence[Path]) -> None:
+            for picture, path in zip(pictures, paths, strict=True):
+                write_scores(path, crf_scores(crf, picture.image, picture.planes, alphas))
 
         return write
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from lpcam.data.dataset import IGNORE, ClassTable
 from lpcam.data.masks import enlarge_labels, write_mask
 from lpcam.method.seeds import seeds, to_mask
-from lpcam.refine.base import Picture, shifted
+from lpcam.refine.base import Picture, WriteLabels, shifted
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.runtime.settings import Fraction, PresetModel
 
@@ -51,10 +51,14 @@ def crf_labels(
     crf: DenseCrf, image: Tensor, maps: Tensor, thresholds: Sequence[float]
 ) -> list[Tensor]:
     """Seeds of maps (K, H, W) at each threshold, as hard labels cleaned by a CRF: int64 (H, W)."""
-    hard = [seeds(maps, threshold) for threshold in thresholds]
-    if not len(maps):
+    return _cleaned(crf, image, [seeds(maps, threshold) for threshold in thresholds], len(maps))
+
+
+def _cleaned(crf: DenseCrf, image: Tensor, hard: list[Tensor], classes: int) -> list[Tensor]:
+    """Hard labels (H, W) of one image, cleaned by one CRF."""
+    if not classes:
         return hard
-    return list(crf.refine_labels(image, torch.stack(hard), len(maps) + 1).argmax(1))
+    return list(crf.refine_labels(image, torch.stack(hard), classes + 1).argmax(1))
 
 
 def ternary(foreground: Tensor, background: Tensor) -> Tensor:
@@ -74,17 +78,30 @@ def ternary_key(
 
 
 def ternary_labeller(
-    settings: CrfSettings, memory: int | None, thresholds: Sequence[float], classes: ClassTable
-) -> Callable[[Picture, Path], None]:
-    """Writes the ternary mask of a picture, at its maps' size: 0, mask ids, 255 undecided."""
+    settings: CrfSettings,
+    memory: int | None,
+    classes: ClassTable,
+    thresholds: Sequence[Sequence[float]],
+) -> WriteLabels:
+    """Writes ternary masks of an image, at its maps' size: 0, mask ids, 255 undecided.
+
+    ``thresholds`` has two for each kind of maps, which show the same classes.
+    """
     crf = DenseCrf(settings, memory=memory)
 
-    def write(picture: Picture, path: Path) -> None:
-        labels = ternary(*crf_labels(crf, picture.image, picture.planes, thresholds)).cpu()
-        labels = enlarge_labels(labels, picture.maps.high_res.shape[-2:])
-        unsure = labels == IGNORE
-        mask = to_mask(labels.masked_fill(unsure, 0), picture.maps.keys, classes)
-        mask[unsure.numpy()] = IGNORE
-        write_mask(path, mask)
+    def write(pictures: Sequence[Picture], paths: Sequence[Path]) -> None:
+        hard = [
+            seeds(picture.planes, threshold)
+            for picture, both in zip(pictures, thresholds, strict=True)
+            for threshold in both
+        ]
+        cleaned = iter(_cleaned(crf, pictures[0].image, hard, len(pictures[0].planes)))
+        for picture, path in zip(pictures, paths, strict=True):
+            labels = ternary(next(cleaned), next(cleaned)).cpu()
+            labels = enlarge_labels(labels, picture.maps.high_res.shape[-2:])
+            unsure = labels == IGNORE
+            mask = to_mask(labels.masked_fill(unsure, 0), picture.maps.keys, classes)
+            mask[unsure.numpy()] = IGNORE
+            write_mask(path, mask)
 
     return write

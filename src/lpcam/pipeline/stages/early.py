@@ -165,6 +165,5 @@ def _map_task(context: Context) -> Task:
         return make
 
     parts = {"revision": 1, "early": made, "dtype": context.recipe.maps.dtype}
-    return context.image_task(
-        RESULTS["LPCAM-E"], "LPCAM-E", parts, context.items("maps"), [map_path], start
-    )
+    own = {RESULTS["LPCAM-E"]: parts}
+    return context.image_task(own, "LPCAM-E", context.items("maps"), [map_path], start)

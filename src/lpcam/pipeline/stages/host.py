@@ -87,14 +87,13 @@ def write_masks(context: Context) -> Iterator[Task]:
         if thresholds is not None:
             shift = context.own_threshold(base) - context.recipe.fixed_threshold(base)
             how = ([shifted(one, shift) for one in thresholds], context.dataset.classes)
+            source = context.results[RESULTS[base]]
             yield label_task(
                 context,
-                f"host-labels/{name}",
+                {f"host-labels/{name}": (source, ternary_key(crf, *how), how[0])},
                 f"masks for {section.host.title} from {base}",
-                context.results[RESULTS[base]],
-                ternary_key(crf, *how),
                 mask_path,
-                partial(ternary_labeller, crf, image_memory(context), *how),
+                partial(ternary_labeller, crf, image_memory(context), how[1]),
                 items,
             )
 
@@ -269,7 +268,7 @@ def _map_task(context: Context, section: HostSection, arm: Arm) -> Task:
         return make_maps
 
     name, label = f"host-maps/{arm.folder}", f"maps of {arm.title}"
-    return context.image_task(name, label, parts, context.items("maps"), [map_path], start)
+    return context.image_task({name: parts}, label, context.items("maps"), [map_path], start)
 
 
 def _view(context: Context, arm: Arm, item: Item) -> View:

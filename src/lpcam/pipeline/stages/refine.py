@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,7 @@ from lpcam.refine.base import (
     RefineSection,
     Source,
     Tools,
+    WriteLabels,
 )
 from lpcam.runtime.errors import ArtefactError, DataError, RecipeError
 from lpcam.runtime.files import digest_file, digest_json
@@ -50,14 +51,17 @@ KEEP = 0.05  #: ``crf.keep`` where the run chooses.
 GIVEN = "given"  #: Name of maps that another program made, in figures and folders.
 
 
-def _picture(context: Context, item: Item, maps: Path) -> Picture:
-    """An image and its maps at the size of refinement, on the run's device."""
-    found = read_maps(map_path(maps, item.id))
+def _pictures(context: Context, item: Item, sources: Iterable[Source | Result]) -> list[Picture]:
+    """An image and its maps of each source, at the size of refinement, on the run's device."""
     # a dense CRF of an image of 4,000 pixels a side would take 7 GB
-    image = limit_long_side(item.read(), context.recipe.maps.maximum_side)
-    planes = resize(torch.from_numpy(found.high_res), image.shape[:2])
-    device = context.device
-    return Picture(item, found, torch.from_numpy(image).to(device), planes.to(device))
+    image = torch.from_numpy(limit_long_side(item.read(), context.recipe.maps.maximum_side))
+    device, shared, pictures = context.device, dict[str, Any](), []
+    image = image.to(device)
+    for source in sources:
+        found = read_maps(map_path(source.folder, item.id))
+        planes = resize(torch.from_numpy(found.high_res), image.shape[:2]).to(device)
+        pictures.append(Picture(item, found, image, planes, shared))
+    return pictures
 
 
 def image_memory(context: Context) -> int | None:
@@ -67,25 +71,30 @@ def image_memory(context: Context) -> int | None:
 
 def label_task(
     context: Context,
-    name: str,
+    wanted: Mapping[str, tuple[Source | Result, Record, Any]],
     label: str,
-    source: Source | Result,
-    parts: Record,
     path: FileOf,
-    labeller: Callable[[], Callable[[Picture, Path], None]],
+    labeller: Callable[[list[Any]], WriteLabels],
     items: Sequence[Item],
 ) -> Task:
-    """A task that writes a file of labels for every image from the maps of a source."""
+    """A task that writes a file of labels for every image and source of maps.
 
-    def start(result: Result) -> Callable[[Item], None]:
-        write = labeller()
+    ``wanted`` has each result's source, its parts, and what ``labeller`` needs to know of it.
+    """
+
+    def start(*results: Result) -> Callable[[Item], None]:
+        write = labeller([wanted[result.name][2] for result in results])
+        from_maps = [wanted[result.name][0] for result in results]
         return lambda item: write(
-            _picture(context, item, source.folder), path(result.folder, item.id)
+            _pictures(context, item, from_maps), [path(one.folder, item.id) for one in results]
         )
 
-    maximum_side = context.recipe.maps.maximum_side
-    parts = {"revision": 1, "maps": source.key, **parts, "maximum_side": maximum_side}
-    return context.image_task(name, label, parts, items, [path], start)
+    side = context.recipe.maps.maximum_side
+    parts = {
+        name: {"revision": 1, "maps": source.key, **own, "maximum_side": side}
+        for name, (source, own, _) in wanted.items()
+    }
+    return context.image_task(parts, label, items, [path], start)
 
 
 def sources(context: Context) -> list[Source]:
@@ -207,18 +216,14 @@ def write_labels(context: Context) -> Iterator[Task]:
     method = required(context.recipe.refine).refinement
     if not isinstance(method, LearnedRefinement) or required(context.recipe.refine).trained:
         return
+    wanted, names = {}, []
     for job in _jobs(context):
-        source = job.source
-        yield label_task(
-            context,
-            f"refine-labels/{source.name}",
-            f"{method.title} labels of {source.method}",
-            source,
-            {"method": job.section.method, **method.label_key(job)},
-            method.label_path,
-            partial(method.labeller, job),
-            context.items("maps"),
-        )
+        parts = {"method": job.section.method, **method.label_key(job)}
+        wanted[f"refine-labels/{job.source.name}"] = (job.source, parts, job)
+        names.append(job.source.method)
+    label = f"{method.title} labels of {' and '.join(names)}"
+    items = context.items("maps")
+    yield label_task(context, wanted, label, method.label_path, method.labeller, items)
 
 
 def train_networks(context: Context) -> Iterator[Task]:
@@ -294,7 +299,7 @@ def _choose(context: Context, source: Source) -> Iterator[Task]:
         refine = job.section.refinement.refiner(job, Path(), result.folder)
 
         def masks(item: Item) -> tuple[NDArray[np.uint8], list[torch.Tensor]]:
-            found = _picture(context, item, source.folder)
+            (found,) = _pictures(context, item, [source])
             after = refine(found)
             assert isinstance(after, torch.Tensor)
             seed = (found.planes.amax(0, keepdim=True) > source.seed_threshold).float()
@@ -344,7 +349,7 @@ def _cut(context: Context, job: Job) -> Iterator[Task]:
 
         @torch.inference_mode()
         def measure(item: Item) -> None:
-            found = _picture(context, item, source.folder)
+            (found,) = _pictures(context, item, [source])
             output, cleaned = refine(found), clean(found)
             assert isinstance(cleaned, torch.Tensor)
             best = (output[1] if isinstance(output, tuple) else output).amax(0).cpu()
@@ -390,31 +395,39 @@ def _parts(context: Context, job: Job) -> Record:
 
 def write_pseudo_masks(context: Context) -> Iterator[Task]:
     """Refined maps and pseudo masks of every image of the list that has maps."""
+    jobs, parts = {}, {}
     for source in sources(context):
         if required(context.recipe.refine).method == AUTO:
             yield from _choose(context, source)
         job = Job(chosen(context, source), source, tools(context))
         yield from _cut(context, job)
-        parts = {**_parts(context, job), "threshold": threshold(context, job.section, source)}
-        yield context.image_task(
-            f"pseudo/{source.name}",
-            f"pseudo masks of {source.method}",
-            parts,
-            context.items("maps"),
-            [mask_path, refined_map_path],
-            partial(_refiner, context, job),
-        )
+        name, cut = f"pseudo/{source.name}", threshold(context, job.section, source)
+        jobs[name], parts[name] = job, {**_parts(context, job), "threshold": cut}
+    label = f"pseudo masks of {' and '.join(job.source.method for job in jobs.values())}"
+    files = [mask_path, refined_map_path]
+    start = partial(_refiner, context, jobs)
+    yield context.image_task(parts, label, context.items("maps"), files, start)
 
 
-def _refiner(context: Context, job: Job, result: Result) -> Callable[[Item], None]:
+def _refiner(context: Context, jobs: Mapping[str, Job], *results: Result) -> Callable[[Item], None]:
+    from_maps = [jobs[result.name].source for result in results]
+    makers = [_maker(context, jobs[result.name], result) for result in results]
+
+    def make(item: Item) -> None:
+        for one, picture in zip(makers, _pictures(context, item, from_maps), strict=True):
+            one(item, picture)
+
+    return make
+
+
+def _maker(context: Context, job: Job, result: Result) -> Callable[[Item, Picture], None]:
     source, method = job.source, job.section.refinement
     network = context.folder.network(f"refine-network/{source.name}")
     refine = method.refiner(job, network, result.folder)
     cut, classes = threshold(context, job.section, source), context.dataset.classes
 
-    def make(item: Item) -> None:
+    def make(item: Item, found: Picture) -> None:
         refined = refined_map_path(result.folder, item.id)
-        found = _picture(context, item, source.folder)
         maps, planes = found.maps, found.planes
         output = refine(found) if len(planes) or method.every_image else planes
         quarter, full = output if isinstance(output, tuple) else (output, output)

@@ -52,4 +52,4 @@ def mask_task(
 
         return make
 
-    return context.image_task(name, label, parts, items, [mask_path], start)
+    return context.image_task({name: parts}, label, items, [mask_path], start)

@@ -308,7 +308,7 @@ def _test_task(context: Context, section: SegmentSection, masks: TrainingMasks) 
 
     files = [mask_path, _after_crf] if section.test.crf else [mask_path]
     name, label = f"test/{masks.name}", f"masks of the segmenter trained on {masks.title}"
-    task = context.image_task(name, label, parts, items, files, start)
+    task = context.image_task({name: parts}, label, items, files, start)
 
     def work(result: Result) -> Output:
         task.work(result)
