@@ -401,6 +401,7 @@ class SameConvolution(nn.Module):
         self.convolution = convolution
 
     def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride))."""
         conv = self.convolution
         padding, kept = [], []
         for axis, length in enumerate(images.shape[-2:]):

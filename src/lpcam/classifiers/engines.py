@@ -87,6 +87,7 @@ class EngineNetwork(nn.Module):
                 place = place.get_submodule(part)
 
     def forward(self, images: Tensor) -> Tensor:
+        """The first output."""
         first, *others = self.run(images)
         for name, output in zip(self.layers, others, strict=True):
             self.get_submodule(name)(output)
