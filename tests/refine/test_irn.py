@@ -248,7 +248,8 @@ def test_what_walks(walked: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     cam = resize(planes, (6, 8))
     maps = MapFile(np.array([0, 3]), cam.numpy(), planes.numpy(), {})
     section = RefineSection(method="irn", irn={"preset": "adaptive", "walked": walked})
-    lent: Any = SimpleNamespace(device=torch.device("cpu"), memory=None)
+    same = {"memory": None, "accelerate": lambda network, _: network}
+    lent: Any = SimpleNamespace(device=torch.device("cpu"), **same)
     job = Job(section, Source("LPCAM-E", "lpcam_e", Path(), "key", 0.5), lent)
     item: Any = SimpleNamespace(id="a")
     irn.REFINEMENT.refiner(job, Path(), tmp_path)(Picture(item, maps, image, planes))

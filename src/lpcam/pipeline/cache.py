@@ -123,6 +123,7 @@ class Task:
     prepare: Callable[[], Any] | None = None
     """Called before files of another key are removed. What it returns is the first argument of
     ``work``."""
+    apart: bool = False  #: Whether only the results that are not up to date are made again.
 
 
 @contextmanager

@@ -170,7 +170,7 @@ class Context:
         for name, own in parts.items():
             made = [file(self.folder / name, item.id) for file in files for item in items]
             results.append(Result(name, self.folder / name, {"images": images, **own}, made))
-        return Task(results, work)
+        return Task(results, work, apart=True)
 
     def training_task(
         self,
@@ -218,7 +218,7 @@ class Context:
         results, first = task.results, self.processes.first
         self.results |= {result.name: result for result in results}
         stale = [result for result in results if not result.done()]
-        wanted = results if again else stale
+        wanted = stale if task.apart and not again else results if again or stale else []
         if wanted:
             if self.only is not None and not again:
                 raise ArtefactError(

@@ -70,8 +70,9 @@ class Tools:
     sharing: Sharing
     memory: int | None  #: Memory that one image may use, in bytes; None: no limit is known.
     saliency: Path | Literal["computed"] | None  #: The recipe's data.saliency.
-    accelerate: Accelerate
-    """Returns a frozen network, or what a function makes of images with it, run by the engine."""
+    accelerate: Accelerate = lambda network, _: network
+    """Returns what runs a frozen network, or what a function makes of images with it, by the run's
+    engine."""
 
 
 @dataclass(frozen=True)
