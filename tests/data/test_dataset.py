@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from lpcam.data.dataset import ClassTable, Dataset, Item, safe_id
+from lpcam.data import dataset as dataset_module
+from lpcam.data.dataset import ClassTable, Dataset, DecodedImages, Item, safe_id
+from lpcam.data.images import Reading
 from lpcam.runtime.errors import DataError
 
 
@@ -54,3 +58,26 @@ def test_safe_id_accepts(text: str) -> None:
 def test_safe_id_refuses(text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         safe_id(text)
+
+
+def test_images_are_decoded_once_while_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = {}
+    for number in range(3):
+        path = tmp_path / f"{number}.png"
+        Image.fromarray(np.full((4, 5, 3), number, np.uint8)).save(path)
+        items[path.stem] = Item(path.stem, path, ())
+    dataset = Dataset("d", ClassTable(("cow",), (1,)), items, {}, "t")
+    kept = list(dataset.keeping(DecodedImages(2 * 4 * 5 * 3)).items.values())
+    assert kept == list(items.values())  # where an image is kept says nothing about it
+    for item in kept:
+        first = item.read()
+        first[:] = 200  # a caller may write to what it got
+    seen = []
+    read = dataset_module.read_image
+    monkeypatch.setattr(dataset_module, "read_image", lambda *a: seen.append(a[0]) or read(*a))
+    assert [int(item.read().max()) for item in kept] == [0, 1, 2]
+    assert seen == [kept[2].image]
+    other = dataset.keeping(DecodedImages(2**20)).read_with(Reading(orientation="stored"))
+    assert int(next(iter(other.items.values())).read().max()) == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 import unicodedata
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -202,6 +203,26 @@ def choose_classes(table: ClassTable, names: Sequence[str] | None) -> ClassTable
     return ClassTable(names, tuple(table.mask_ids[table.index(name)] for name in names))
 
 
+class DecodedImages:
+    """Images that stages share, each decoded once; thread-safe, up to ``budget`` bytes."""
+
+    def __init__(self, budget: int) -> None:
+        self.left = budget
+        self._images: dict[tuple[Path, Reading], NDArray[np.uint8]] = {}
+        self._lock = threading.Lock()
+
+    def read(self, path: Path, reading: Reading) -> NDArray[np.uint8]:
+        """A copy of the image as RGB, uint8 (H, W, 3); ImageError if it cannot be read."""
+        if (kept := self._images.get((path, reading))) is not None:
+            return kept.copy()
+        image = read_image(path, reading)
+        with self._lock:
+            if image.nbytes <= self.left and (path, reading) not in self._images:
+                self.left -= image.nbytes
+                self._images[path, reading] = image.copy()
+        return image
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One image with its image-level labels."""
@@ -214,10 +235,13 @@ class Item:
     #: Path below the folder of images, spelled as on disk; None: ``id`` with the image's extension.
     file_name: str | None = None
     reading: Reading = USUAL  #: That of its data set.
+    decoded: DecodedImages | None = field(default=None, repr=False, compare=False)
+    """Where the image is kept once it was read, if anywhere."""
 
     def read(self) -> NDArray[np.uint8]:
         """The image as RGB, uint8 (H, W, 3); ImageError if it cannot be read."""
-        return read_image(self.image, self.reading)
+        read = read_image if self.decoded is None else self.decoded.read
+        return read(self.image, self.reading)
 
     def size(self) -> tuple[int, int]:
         """(height, width) of the image as it is read, from the file's header."""
@@ -285,7 +309,14 @@ class Dataset:
 
     def read_with(self, reading: Reading) -> Dataset:
         """A copy whose images and masks are read in another way."""
-        items = {name: replace(item, reading=reading) for name, item in self.items.items()}
+        return self._changed(reading=reading)
+
+    def keeping(self, decoded: DecodedImages) -> Dataset:
+        """A copy whose images are kept once they were read."""
+        return self._changed(decoded=decoded)
+
+    def _changed(self, **values: Any) -> Dataset:
+        items = {name: replace(item, **values) for name, item in self.items.items()}
         return replace(self, items=items)
 
     def without(self, skipped: Sequence[Skip]) -> Dataset:

@@ -21,7 +21,7 @@ from lpcam.classifiers.classifier import Classifier, build
 from lpcam.classifiers.early_layers import early_layers
 from lpcam.classifiers.engines import Engine
 from lpcam.classifiers.feature_store import FeatureStore
-from lpcam.data.dataset import Dataset, Item
+from lpcam.data.dataset import Dataset, DecodedImages, Item
 from lpcam.data.pixels import key_of, look_at_pixels, refuse_ruin
 from lpcam.data.reader import ListName, Opened
 from lpcam.data.survey import Finding
@@ -52,8 +52,9 @@ logger = logging.getLogger(__name__)
 GPU_BATCH = 8
 MEMORY_SHARE = 0.5
 """Share of the available memory that a run uses where the recipe names no amount."""
-FEATURES_SHARE = 0.5
-"""Share of a run's memory for features that several stages need; the rest is for the reservoir."""
+FEATURES_SHARE, IMAGES_SHARE = 0.5, 0.1
+"""Shares of a run's memory for what several stages need: features, and decoded images, which are
+part of the first. The rest is for the reservoir."""
 USUAL_STRIDE = 32  #: Of a backbone whose recipe names no output stride.
 FEWEST_CELLS = 12
 """Cells of the features along an image's shorter side, below which larger scales are taken."""
@@ -274,6 +275,7 @@ class Context:
         found = (Finding(**one) for one in before["pixels"]["findings"])
         told = (str(one) for one in found if one.attention)
         dataset = replace(dataset, notices=(*dataset.notices, *told))
+        dataset = dataset.keeping(DecodedImages(int(self.memory() * IMAGES_SHARE)))
         with progress("checking images", len(dataset.items)) as advance:
             dataset, records = check_images(
                 dataset,
@@ -441,7 +443,7 @@ class Context:
                 maximum_side=section.maximum_side,
                 dtype=section.features,
                 precision=section.precision,
-                budget=int(self.memory() * FEATURES_SHARE),
+                budget=int(self.memory() * (FEATURES_SHARE - IMAGES_SHARE)),
                 keep=(item.id for item in (*self.items("maps"), *self.items("prototypes"))),
                 early=layers,
                 folded=partial(self._run_engine.classifier, engine=self.engine, layers=layers),
