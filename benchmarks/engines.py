@@ -72,16 +72,7 @@ def figures(
                 inputs.append(torch.cat([resized, resized.flip(-1)]))
 
         def bare(twin: Any, precision: str) -> None:
-            dtype = torch.bfloat16 if precision == "bfloat16" else None
-
-            @torch.inference_mode()
-            def work(batch: Tensor) -> Tensor:
-                layout = getattr(twin.backbone, "layout", torch.channels_last)
-                batch = batch.contiguous(memory_format=layout)
-                with torch.autocast("cpu", dtype, enabled=dtype is not None):
-                    return twin.features(batch)
-
-            for _ in ordered_map(work, inputs, threads):
+            for _ in ordered_map(partial(one_pass, twin, precision), inputs, threads):
                 pass
 
         def whole(folded: Any) -> None:
@@ -106,8 +97,8 @@ def figures(
             started = time.perf_counter()
             try:
                 twin = accelerated(model, engine, Path(f, f"{name}.onnx"), precision=precision)
-                with torch.no_grad():
-                    expected, given = (one.features(inputs[0]) for one in (model, twin))
+                expected = one_pass(model, "float32", inputs[0])
+                given = one_pass(twin, precision, inputs[0])
             except LpcamError as error:
                 told[name] = f"{MISSING}: {error}"
                 continue
@@ -131,6 +122,14 @@ def figures(
             "bound": counter.get_total_flops() / rate,
             "rate": rate / 1e9,
         }
+
+
+@torch.inference_mode()
+def one_pass(model: Any, precision: str, batch: Tensor) -> Tensor:
+    """Features of a batch, in the layout that suits the engine."""
+    batch = batch.contiguous(memory_format=getattr(model.backbone, "layout", torch.channels_last))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
+        return model.features(batch).float()
 
 
 def products(threads: int) -> None:

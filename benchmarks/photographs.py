@@ -13,7 +13,7 @@ from PIL import Image
 
 from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, build
 from lpcam.data.dataset import Item
-from lpcam.data.images import read_image
+from lpcam.data.images import IMAGE_SUFFIXES, read_image
 from lpcam.data.voc import read_voc
 from lpcam.pipeline.recipe import load_recipe
 
@@ -33,7 +33,7 @@ class Photographs:
     def describe(self) -> str:
         """In words, for the line above a table."""
         if self.real:
-            return f"{len(self.items)} photographs of PASCAL VOC"
+            return f"{len(self.items)} images of the given folder"
         return f"{len(self.items)} seeded images of VOC's sizes (no `--data` was given)"
 
 
@@ -44,11 +44,18 @@ def photographs(
     """Images of a list of a VOC folder, or seeded ones in a temporary folder.
 
     Args:
-        data: the folder VOC2012; None draws images.
+        data: the folder VOC2012, or any folder of images, which then have no labels that mean
+            anything; None draws images.
         name: of the list.
         count: how many, evenly spread over the list; None takes all (64 seeded ones).
         side: long side of the seeded images.
     """
+    if data is not None and not (Path(data) / "ImageSets").is_dir():
+        paths = sorted(p for p in Path(data).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        step = max(1, len(paths) // (count or len(paths) or 1))
+        items = [Item(path.stem, path, (0,)) for path in paths[::step][:count]]
+        yield Photographs(items, ("any",), real=True)
+        return
     if data is not None:
         dataset = read_voc(Path(data), lists=[name], classes=load_recipe(RECIPE).data.classes)
         items = [item for item in dataset.select(name) if item.labels]

@@ -126,6 +126,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, pictures: Path, weights: Path
     values["exact"]["report"] = {"images": 4}
     values["adaptive"]["lpcam"] = {"preset": "adaptive", "max_features": 60}
     values["adaptive"]["refine"] = {"method": "auto"}
+    values["adaptive"]["run"]["engine"] = "auto"  # a runtime where there is one
     values["irn"]["segment"] = {
         "backbone": "test_resnet",
         "weights": "random",
