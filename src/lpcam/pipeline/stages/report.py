@@ -63,7 +63,8 @@ def _page(context: Context) -> str:
     use: Record = read_json(folder.use) if folder.use.is_file() else {}
     fingerprint = context.results["classifier"].output["fingerprint"]
     folders = {method: folder / RESULTS[method] for method in context.methods}
-    plain = _plain(context)
+    # the report reads mirror images of the few confused images alone
+    plain = context.store(context.classifier).unmirrored()
     inputs = Inputs(
         dataset_name(context),
         scored or _without_masks([item for item in context.items("maps") if item.labels]),
@@ -98,26 +99,6 @@ def _page(context: Context) -> str:
         **shown,
     )
     return render(collect(inputs))
-
-
-def _plain(context: Context) -> FeatureStore:
-    """The run's features, or if it has none at hand a store without mirror images, twice as fast.
-
-    The report reads mirror images of the few confused images alone.
-    """
-    store, section = context.store(context.classifier), context.recipe.maps
-    if store.used:
-        return store
-    return FeatureStore(
-        context.classifier,
-        flip=False,
-        maximum_side=section.maximum_side,
-        dtype=section.features,
-        precision=section.precision,
-        budget=store.budget,
-        keep=store.keep,
-        early=context.early_layers,
-    )
 
 
 def _early(context: Context, store: FeatureStore) -> Early | None:
