@@ -11,21 +11,12 @@ from typing import NamedTuple
 
 from lpcam.data.dataset import Skip
 from lpcam.data.images import IMAGE_SUFFIXES, is_image
+from lpcam.data.marks import FOREIGN_FILES
 from lpcam.runtime.errors import shortened
 
-_REMEDIES = {
-    ".heic .heif .hif": "save them as JPEG",
-    ".psd .xcf .svg .eps .ps .ai .pdf .wmf .emf .jxl .exr .hdr .pfm": "save them as PNG",
-    ".dcm .dicom .nii .nii.gz .mha .mhd .nrrd .fits .fit .npy .npz .mat .h5 .hdf .hdf5": (
-        "save each plane as a PNG of 8 or 16 bits"
-    ),
-    ".cr2 .cr3 .nef .arw .dng .raf .orf .rw2 .pef .srw .raw": "save them as JPEG or 16-bit TIFF",
-    ".svs .ndpi .mrxs .scn .czi .lif .nd2 .vsi .oib .lsm": "cut them into tiles, saved as PNG",
-    ".mp4 .mov .avi .mkv .webm .m4v .mpg .mpeg .wmv .flv": "save their frames as images",
-    ".zip .tar .tgz .gz .bz2 .xz .7z .rar": "unpack them",
-    ".parquet .arrow .tfrecord .lmdb": "write the images in them to files",
+_UNREAD: dict[str, str] = {
+    ending: how for endings, how in FOREIGN_FILES["unread"].items() for ending in endings.split()
 }
-_UNREAD = {ending: how for endings, how in _REMEDIES.items() for ending in endings.split()}
 _NO_IMAGES = ".txt .csv .tsv .json .jsonl .xml .yaml .yml .md .html .py .log"
 _TEXT = frozenset(_NO_IMAGES.split())  # of other endings the content decides
 
