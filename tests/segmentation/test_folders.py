@@ -183,10 +183,13 @@ def test_the_crf_of_the_settings_is_used(folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(mask, expected)
 
 
-def test_an_image_that_the_crf_refuses_is_left_out(folder: Path, tmp_path: Path) -> None:
+def test_an_image_that_the_crf_refuses_is_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "memory_of_an_image", lambda *_: 1_900_000)
     settings = SegmentTestSettings.from_preset("deeplabv2.official")
     Image.new("RGB", (20, 20)).save(folder / "small.png")
-    result = segment_files(Nearest(), [folder], tmp_path / "out", settings, memory=1_900_000)
+    result = segment_files(Nearest(), [folder], tmp_path / "out", settings)
     assert [one["image"] for one in result.found] == ["small"]
     reason = {Path(s["image"]).name: s["reason"] for s in result.skipped}["a.png"]
     assert reason.startswith(f"cannot segment image {folder / 'a.png'}: a CRF of 4 labels on an")

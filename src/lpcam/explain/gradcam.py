@@ -195,9 +195,8 @@ class LPCAM(extract.LPCAM):
         outputs = self.activations_and_grads(input_tensor)
         if targets is None:
             targets = outputs.argmax(1).tolist()
-        return self.aggregate_multi_layers(
-            self.compute_cam_per_layer(input_tensor, targets, eigen_smooth)
-        )
+        maps = self.compute_cam_per_layer(input_tensor, targets, eigen_smooth)
+        return self.aggregate_multi_layers(maps)
 
     def forward_augmentation_smoothing(
         self, input_tensor: Tensor, targets: Targets = None, eigen_smooth: bool = False

@@ -203,9 +203,7 @@ def import_maps(
             if path is not None:
                 maps = read_foreign_maps(path, size=size, style=style, classes=classes)
             elif no_file_no_class:
-                made_by: dict[str, Any] = {"imported": {"file": None}, "lpcam": __version__}
-                if table is not None:
-                    made_by["classes"] = list(table.names)
+                made_by = {"imported": {"file": None}, "lpcam": __version__}
                 maps = replace(maps_without_class(size), made_by=made_by)
             else:
                 raise DataError(f"{source} has no file of it")

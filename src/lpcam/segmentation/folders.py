@@ -56,7 +56,6 @@ def segment_files(
     probabilities: bool = False,
     maximum_side: int = MAXIMUM_SIDE,
     workers: int = 1,
-    memory: int | None = None,
     command: str = "",
     reading: Reading = USUAL,
     made_by: Mapping[str, Any] | None = None,
@@ -74,9 +73,7 @@ def segment_files(
         probabilities: whether to write ``probabilities/NAME.npz`` too.
         maximum_side: longest side in pixels at which an image is segmented. The mask of a longer
             one is enlarged to the nearest pixel, its overlay and probabilities stay smaller.
-        workers: images worked on at a time.
-        memory: bytes that the CRF may need of each image, which is left out if it needs more; None:
-            three quarters of the memory, shared among the workers.
+        workers: images worked on at a time; they share the memory of the CRF.
         reading: how the images are read, as those that the segmenter learnt from.
         command, made_by: provenance, recorded.
 
@@ -95,9 +92,7 @@ def segment_files(
         "versions": versions(),
         **(made_by or {}),
     }
-    if memory is None and segmenter.device.type == "cpu":
-        memory = memory_of_an_image(segmenter.device, workers)
-    crf = predict.make_crf(settings, memory)
+    crf = predict.make_crf(settings, memory_of_an_image(segmenter.device, workers))
 
     def make(name: str, path: Path) -> dict[str, Any]:
         image = read_image(path, reading)
