@@ -8,11 +8,13 @@ import threading
 import unicodedata
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import resources
 from itertools import zip_longest
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 
 from lpcam.data.images import IMAGE_SUFFIXES, USUAL, Reading, read_image, upright_size
@@ -25,16 +27,10 @@ _COCO_NUMBER = re.compile(r"(?:COCO_\w+_)?(\d{12})")
 IGNORE = 255  #: Mask value of pixels that no loss and no metric counts (void).
 
 Nothing = Literal["background", "ignore", "none"]
-_NOTHING: Mapping[Nothing, str] = {
-    "background": "back ?ground( class)?|bg|bkg|bgd|unlabell?ed|unannotated",
-    "ignore": "ignored?|ignore regions?|void|do ?n.?t care",
-    "none": "|nan|none( of the above)?|null|nil|n/?a|n\\.a|undefined|unknown|unspecified|unsure"
-    "|unclassified|unassigned|uncertain|missing|not available|nothing|empty|blank|neg(ative)?s?"
-    "|normal|good|healthy|ok|no|false|absent"
-    "|(no|not) ?(label(s|l?ed)?|class(es)?|objects?|findings?|defects?|annotations?)"
-    "|(.*\\W)?background(\\W.*)?",
-}
-"""What names mean that are often no class: patterns, in lower case, blanks for ``_`` and ``-``."""
+NAMES: dict[str, Any] = yaml.safe_load(
+    resources.files("lpcam.data").joinpath("names.yaml").read_text("utf-8")
+)
+"""What names mean: patterns by the kind of name, and the categories of COCO."""
 _NO_CLASS = "--no-class {0} (in a recipe data.no_class) if it means that an image shows no class"
 
 
@@ -44,7 +40,8 @@ def shows_nothing(name: str) -> Nothing | None:
     ``none`` is doubtful: such a name can be a class if the user says so.
     """
     folded = re.sub(r"[\s_-]+", " ", name.casefold()).strip(" .<>[](){}#?!*'\"")
-    return next((what for what, form in _NOTHING.items() if re.fullmatch(form, folded)), None)
+    kinds = get_args(Nothing)
+    return next((k for k in kinds if any(re.fullmatch(form, folded) for form in NAMES[k])), None)
 
 
 def nearest_name(name: str, known: Iterable[str]) -> str:

@@ -27,6 +27,7 @@ from typing import Literal
 from lpcam.data import labels as tables
 from lpcam.data.dataset import (
     IGNORE,
+    NAMES,
     ClassTable,
     Dataset,
     Item,
@@ -44,16 +45,7 @@ from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 
 _OWN = frozenset([*tables.TABLES, "classes.txt", "parts.json", "recipe.yaml", "import.json"])
-_NO_CLASS = re.compile(
-    r"(seg[ _-]?)?(train|training|val|valid|validation|eval|dev|test|testing|holdout)"
-    r"([ _-]?(set|data|images?|imgs?|labels?|masks?|split|\d+))*|images?|imgs?|"
-    r"jpegimages|photos?|pictures?|dataset|data|raw|labels?|masks?|segmentation\w*|annotations?|ann|"
-    r"ground[ _-]?truths?|bbox(es)?|gt(fine|coarse)?|leftimg8bit|outputs?|results?|predictions?|"
-    r"(fold|part|batch|chunk|shard|subset|split)[ _-]?\d+|te?mp|backups?|thumb(nail)?s|"
-    r"(new|untitled) folder( \(?\d+\)?)?|(img|ann|image|label|mask)s?[ _-]?dirs?|"
-    r"(19|20)\d\d([-_. ]?[01]\d([-_. ]?[0-3]\d)?)?|"
-    r"[0-3]?\d[-_.][01]?\d[-_.](19|20)\d\d"
-)
+_NO_CLASS = re.compile("|".join(NAMES["folders"]))
 """Names of folders, in lower case, that mean something else than a class."""
 _TRUTH = frozenset(["mask", "masks", "label", "labels", "annotations", "ground_truth", "gt"])
 

@@ -28,6 +28,7 @@ from lpcam.data.coco.painting import Crowds, PlacedImage, paint_folder, true_mas
 from lpcam.data.dataset import (
     BACKGROUND,
     IGNORE,
+    NAMES,
     ClassTable,
     Dataset,
     Item,
@@ -45,21 +46,7 @@ from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.settings import Section
 
 logger = logging.getLogger(__name__)
-_NAMES = """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,
-stop sign,parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,
-umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,
-skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,
-sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,
-toilet,tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,
-clock,vase,scissors,teddy bear,hair drier,toothbrush"""
-_UNUSED = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-COCO_CATEGORIES = tuple(
-    zip(
-        (number for number in range(1, 91) if number not in _UNUSED),
-        _NAMES.replace("\n", "").split(","),
-        strict=True,
-    )
-)
+COCO_CATEGORIES: tuple[tuple[int, str], ...] = tuple(NAMES["coco"].items())
 """Ids and names of the 80 categories of COCO 2014; class ``n`` has the value ``n + 1`` in masks."""
 _COCO_LIST = re.compile(r"(train|val)2014")
 
