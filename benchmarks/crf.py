@@ -3,7 +3,9 @@
 Timed on either side: from an RGB image and unary energies in memory to the marginals, with IRN's
 parameters: both kernels' lattices, their normalisation, and ten iterations. The kernel of the
 positions alone hangs on the image's size; ours keeps it from image to image, and a row of its own
-shows the time with it made anew. The compiled program has one thread whatever it is given.
+shows the time with it made anew. IRN's labels are four problems of an image, two of CAM and two of
+LPCAM: rows show them together, as a run solves them, and one by one. The compiled program has one
+thread whatever it is given.
 """
 
 from __future__ import annotations
@@ -98,7 +100,7 @@ def by_peer(image: Tensor, unary: Tensor) -> Tensor:
     return torch.from_numpy(found).view(count, height, width)
 
 
-def contenders(image: Tensor, labels: Tensor, count: int) -> dict[str, Callable[[], Tensor]]:
+def contenders(image: Tensor, labels: Tensor, count: int) -> dict[str, Callable[[], Any]]:
     """Calls that make the marginals (PAMR: the refined masks)."""
     unary = unary_from_labels(labels, count, SETTINGS.gt_prob)
     masks = torch.nn.functional.one_hot(labels, count).movedim(-1, -3).float()
@@ -107,6 +109,8 @@ def contenders(image: Tensor, labels: Tensor, count: int) -> dict[str, Callable[
     calls: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: kept(image, unary),
         f"{OURS}, first image of a size": lambda: DenseCrf(SETTINGS)(image, unary),
+        f"{OURS}, four problems at once": lambda: kept(image, unary.expand(4, -1, -1, -1)),
+        f"{OURS}, four problems one by one": lambda: [kept(image, unary) for _ in range(4)],
         f"{OURS}, PAMR instead": lambda: pamr(image, masks, local),
     }
     if peer() is not None and image.device.type == "cpu":

@@ -131,7 +131,7 @@ def _mean_field(unary: Tensor, pairwise: Filter | None, iterations: int) -> Tens
             exponents = pairwise(others.flatten(1)).view_as(energy)
             exponents += exponents.sum(2, keepdim=True) - whole
             first, others = _softmax(exponents.sub_(energy), bounded=bounded)
-    return torch.cat([first, others], 2).permute(1, 2, 0)
+    return torch.cat([first.permute(1, 2, 0), others.permute(1, 2, 0)], 1)
 
 
 def _softmax(exponents: Tensor, *, bounded: bool) -> tuple[Tensor, Tensor]:

