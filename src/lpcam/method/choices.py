@@ -46,6 +46,16 @@ class Choice:
         """The centre that it is about."""
         return self.class_name, self.side, self.index
 
+    @property
+    def told(self) -> str:
+        """What was chosen, by whom and why, in words."""
+        said = {"keep": "kept", "drop": "dropped", "context": "moved to the context"}
+        words = [said[self.action]] if self.action else []
+        words += [f"named {self.name}"] if self.name else []
+        words += [f"weighted {self.weight:g}"] if self.weight else []
+        who = "a person" if self.by == "person" else "negatives"
+        return f"{', '.join(words)} by {who}" + (f": {self.reason}" if self.reason else "")
+
     def as_json(self) -> dict[str, Any]:
         """The values that say something, as a file has them."""
         values = {"class": self.class_name, **asdict(self)}

@@ -335,7 +335,7 @@ class LPCAM(CAM):
                         "random_state": seed,
                         "images": self._images,
                     },
-                )
+                ).chosen(settings.choices, settings.weights)
         return self._prototypes
 
     def fit(self, loader: Batches) -> Self:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr, model_serializer, model_validator
 
 from lpcam.method.clustering import CLUSTERINGS, CenterKind, Init, ToleranceKind
-from lpcam.runtime.settings import Fraction, Positive, PresetModel, Section
+from lpcam.runtime.settings import Fraction, Positive, PresetModel, RecipePath, Section
 
 Method = Literal["CAM", "LPCAM-F", "LPCAM", "LPCAM-E"]
 """The maps that a run makes of its own classifier; LPCAM-E if it looks at early layers."""
@@ -81,6 +81,9 @@ class MappingSettings(Section):
     """Whether the mirrored image is mapped too."""
     cam_epsilon: Annotated[float, Field(ge=0.0)]
     """Constant added to the maximum by which a CAM is divided."""
+    weights: Literal["equal", "size", "score"] = "equal"
+    """Weight of a prototype among those of its class and side: all alike, by the number of its
+    local features, or by the classifier's certainty (the score, or 1 - score in the context)."""
 
 
 class SeedSettings(Section):
@@ -125,6 +128,8 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
     preset: str = "voc12.official"
     early: EarlySettings | None
     """Early layers of the backbone, for the maps LPCAM-E; null: none."""
+    choices: RecipePath | None = None
+    """File of choices about the prototypes, such as prototypes.yaml of a report; null: none."""
     _automatic: frozenset[str] = PrivateAttr(default=frozenset())
 
     @model_validator(mode="wrap")
@@ -149,6 +154,11 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
     def automatic(self) -> frozenset[str]:
         """Names of the values that are ``auto``, which a run chooses."""
         return self._automatic
+
+    @property
+    def corrected(self) -> bool:
+        """Whether prototypes are used otherwise than they were fitted."""
+        return self.choices is not None or self.weights != "equal"
 
     def fixed(self, **values: Any) -> Self:
         """These settings with values, which are no longer ``auto``."""

@@ -134,10 +134,12 @@ class Context:
         items: Sequence[Item],
         files: Sequence[FileOf],
         start: Callable[[Result], Callable[[Item], None]],
+        source: Result | None = None,
     ) -> Task:
         """A task that makes files of each image, unless all of them are there.
 
         ``start``, called if there is something to do, returns what makes the files of an image.
+        They change by class as those of ``source`` do, from which they are made.
         """
 
         def work(result: Result) -> None:
@@ -162,7 +164,22 @@ class Context:
                     advance(1, "")
 
         made = [file(self.folder / name, item.id) for file in files for item in items]
-        return self.task(name, {"images": self.digest(items), **parts}, made, work)
+        task = self.task(name, {"images": self.digest(items), **parts}, made, work)
+        if source is not None:
+            task.results[0].by_class = source.by_class
+            task.results[0].labels = self.labels(name, items, files)
+        return task
+
+    def labels(
+        self, name: str, items: Sequence[Item], files: Sequence[FileOf]
+    ) -> dict[Path, list[str]]:
+        """Names of the classes of each file of a result."""
+        names = self.dataset.classes.names
+        return {
+            file(self.folder / name, item.id): [names[index] for index in item.labels]
+            for file in files
+            for item in items
+        }
 
     def training_task(
         self,

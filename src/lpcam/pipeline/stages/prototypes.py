@@ -14,14 +14,14 @@ from lpcam.classifiers.feature_store import DTYPES
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path
 from lpcam.data.resize import scaled_size
-from lpcam.method.prototypes import FEWEST_CLUSTERS, MEMBERS, make_prototypes
+from lpcam.method.prototypes import FEWEST_CLUSTERS, MEMBERS, Prototypes, make_prototypes
 from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images, read_selected, split_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.cache import Output, Result, Task
 from lpcam.pipeline.context import FEATURES_SHARE, Context
 from lpcam.pipeline.stages.classify import build_classifier
 from lpcam.runtime.errors import RecipeError
-from lpcam.runtime.files import digest_file
+from lpcam.runtime.files import digest_file, read_bytes
 from lpcam.runtime.progress import progress
 from lpcam.runtime.versions import versions
 
@@ -34,7 +34,9 @@ Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 
 
 def validate(context: Context) -> None:
-    """Refuse, before any stage runs, local features too large for memory, if they are needed."""
+    """Refuse, before any stage runs, missing choices, and local features too large for memory."""
+    if context.lpcam.choices is not None:
+        read_bytes(context.lpcam.choices)
     if not context.folder.prototypes().is_file():
         _check_memory(context, build_classifier(context, weights=RANDOM))
 
@@ -49,7 +51,7 @@ def _check_memory(context: Context, classifier: Classifier) -> None:
 def cluster(context: Context) -> Iterator[Task]:
     """Collect, cluster, score and select (eqs. 2 to 4)."""
     recipe, items = context.recipe, context.items("prototypes")
-    settings = context.lpcam
+    settings = context.lpcam.fixed(weights="equal")
     multi_scale = settings.split_maps == "multi_scale"
     classifier = context.results["classifier"].output
     parts = {
@@ -88,6 +90,31 @@ def cluster(context: Context) -> Iterator[Task]:
     for name in sorted({"mu_f", "mu_b"} & settings.automatic):
         value = f"{getattr(settings, name):g} times the best score"
         context.chose(f"lpcam.{name}", value, "of the foreground centres of each class")
+    if context.lpcam.corrected:
+        yield _choose(context)
+
+
+def _choose(context: Context) -> Task:
+    """A task that applies the recipe's choices and weights to the fitted prototypes."""
+    fitted, settings = context.results["prototypes"], context.lpcam
+    path = context.folder.prototypes("chosen")
+    made = Prototypes.load(context.folder.prototypes()).chosen(settings.choices, settings.weights)
+    rows = [one.as_json() for one in made.choices]
+    parts = {"prototypes": fitted.output["digest"], "choices": rows, "weights": settings.weights}
+
+    def work(_: Result) -> Output | None:
+        if not context.processes.first:
+            return None
+        made.save(path)
+        return {"digest": digest_file(path), "choices": rows}
+
+    return context.task("chosen", parts, [path], work)
+
+
+def load_prototypes(context: Context) -> Prototypes:
+    """The prototypes that the maps are made of."""
+    fingerprint = context.results["classifier"].output["fingerprint"]
+    return Prototypes.load(context.folder.used_prototypes(context.recipe), fingerprint=fingerprint)
 
 
 def make(
