@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lpcam.method.choices import Choice, apply, format_choices, parse_choices, settled
+from lpcam.method.choices import Choice, format_choices, parse_choices, settled
 from lpcam.method.prototypes import Centers, Prototypes
 from lpcam.runtime.errors import ArtefactError, PrototypeError
 
@@ -63,13 +63,13 @@ def test_names(prototypes: Prototypes) -> None:
 def test_the_last_foreground_prototype_stays(prototypes: Prototypes) -> None:
     for last in range(3):
         others = [number for number in range(3) if number != last]
-        made = apply(prototypes, [Choice("cow", "foreground", n, "drop") for n in others])
+        made = prototypes.with_choices([Choice("cow", "foreground", n, "drop") for n in others])
         expected = prototypes.foreground.centers[0, last] / (2 if last == 1 else 1) - SKY
         assert torch.equal(made.vectors()[0], expected)
         for action in ("drop", "context"):
             with pytest.raises(PrototypeError, match="cow"):
-                apply(made, [Choice("cow", "foreground", last, action)])  # type: ignore[arg-type]
-    assert prototypes.choices == ()  # apply is pure, and a refusal changes nothing
+                made.with_choices([Choice("cow", "foreground", last, action)])  # type: ignore[arg-type]
+    assert prototypes.choices == ()  # they are others, and a refusal changes nothing
     with pytest.raises(PrototypeError, match="dog"):
         prototypes.drop("dog", [0])
     assert prototypes.choices == ()
@@ -86,22 +86,22 @@ def test_order_of_choices(prototypes: Prototypes) -> None:
     made = {
         vector_of: None
         for order in itertools.permutations(choices)
-        for vector_of in [tuple(vector(apply(prototypes, order)))]
+        for vector_of in [tuple(vector(prototypes.with_choices(order)))]
     }
     assert list(made) == [(0.3333, 0.3333, -1, 0.3333, 0)]
     # one after the other, and all again
     step = prototypes
     for choice in choices:
-        step = apply(step, [choice])
+        step = step.with_choices([choice])
     assert vector(step) == list(*made)
-    assert apply(step, choices).choices == step.choices == settled(choices)
+    assert step.with_choices(choices).choices == step.choices == settled(choices)
     kept = next(one for one in step.choices if one.index == 3)
     assert (kept.by, kept.reason) == ("person", "it is the horn")
     moved = next(one for one in step.choices if one.name == "udder")
     assert (moved.action, moved.by) == ("context", "negatives")
-    later = apply(step, [Choice("cow", "foreground", 3, "drop", by="negatives")])
+    later = step.with_choices([Choice("cow", "foreground", 3, "drop", by="negatives")])
     assert vector(later) == vector(step)  # a person's choice wins
-    assert vector(apply(step, [Choice("cow", "foreground", 3, "drop")])) != vector(step)
+    assert vector(step.with_choices([Choice("cow", "foreground", 3, "drop")])) != vector(step)
 
 
 def test_wrong_choices(prototypes: Prototypes) -> None:
@@ -112,7 +112,7 @@ def test_wrong_choices(prototypes: Prototypes) -> None:
     with pytest.raises(PrototypeError, match="dog has no foreground prototype 1"):
         prototypes.keep("dog", [1])
     with pytest.raises(PrototypeError, match="context prototype already"):
-        apply(prototypes, [Choice("cow", "context", 0, "context")])
+        prototypes.with_choices([Choice("cow", "context", 0, "context")])
 
 
 def test_weights(prototypes: Prototypes) -> None:
@@ -120,10 +120,10 @@ def test_weights(prototypes: Prototypes) -> None:
     assert vector(by_size) == [round(1 / 6, 4), round(2 / 6, 4), 0.5, -1, 0]
     by_score = replace(prototypes, weights="score")
     assert vector(by_score) == [0.3448, 0.3103, 0.3448, -1, 0]
-    given = apply(prototypes, [Choice("cow", "foreground", 0, weight=2.0)])
+    given = prototypes.with_choices([Choice("cow", "foreground", 0, weight=2.0)])
     assert vector(given) == [0.5, 0.25, 0.25, -1, 0]
     # a moved one counts as surely in the context as it did in the foreground
-    moved = apply(by_score, [Choice("cow", "foreground", 2, "context")])
+    moved = by_score.with_choices([Choice("cow", "foreground", 2, "context")])
     assert vector(moved) == [0.5263, 0.4737, -0.5556, -0.4444, 0]
     assert torch.equal(by_size.vectors()[1], prototypes.vectors()[1])
 

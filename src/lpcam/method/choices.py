@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from lpcam.method.reservoir import SIDES, SideName
-from lpcam.runtime.errors import PrototypeError, shortened
+from lpcam.method.reservoir import SideName
+from lpcam.runtime.errors import PrototypeError
 from lpcam.runtime.files import read_bytes
-
-if TYPE_CHECKING:
-    from lpcam.method.prototypes import Prototypes
 
 Action = Literal["keep", "drop", "context"]
 """Use a centre as a prototype, leave it out, or count a foreground centre as context."""
@@ -93,48 +90,6 @@ def settled(choices: Iterable[Choice]) -> tuple[Choice, ...]:
             given |= {"by": choice.by, "reason": choice.reason}
         found[choice.place] = replace(before, **given)
     return tuple(found[place] for place in sorted(found))
-
-
-def apply(prototypes: Prototypes, choices: Iterable[Choice]) -> Prototypes:
-    """Prototypes with choices beside those that they have already.
-
-    Dropped ones lose ``keep``; so do moved ones, which count in the context of their class.
-    ``keep`` makes a prototype of any centre. Choices are settled as :func:`settled` says.
-
-    Raises PrototypeError if there is no such class or centre, if a context centre is moved, and if
-    a class that has foreground prototypes would lose the last one.
-    """
-    every = settled([*prototypes.choices, *choices])
-    keep = {side: getattr(prototypes, side).keep.clone() for side in SIDES}
-    for one in every:
-        if one.class_name not in prototypes.classes:
-            raise PrototypeError(
-                f"a choice is about the class {one.class_name!r}; the prototypes are of "
-                f"{shortened(prototypes.classes)}"
-            )
-        row = prototypes.classes.index(one.class_name)
-        sizes = getattr(prototypes, one.side).sizes[row].tolist()
-        if one.index >= len(sizes) or not sizes[one.index]:
-            raise PrototypeError(
-                f"{one.class_name} has no {one.side} prototype {one.index}; it has "
-                f"{sum(size > 0 for size in sizes)}, see 'lpcam prototypes RUN'"
-            )
-        if one.action == "context" and one.side == "context":
-            raise PrototypeError(
-                f"prototype {one.index} of {one.class_name} is a context prototype already, so it "
-                "cannot be moved; keep or drop it"
-            )
-        if one.action is not None:
-            keep[one.side][row, one.index] = one.action == "keep"
-    lost = prototypes.foreground.keep.any(1) & ~keep["foreground"].any(1)
-    if lost.any():
-        names = [name for name, gone in zip(prototypes.classes, lost.tolist(), strict=True) if gone]
-        raise PrototypeError(
-            f"no foreground prototype of {shortened(names)} would be left, so there would be no "
-            "map of it; keep one of them, or take the class out of the labels"
-        )
-    sides = {side: replace(getattr(prototypes, side), keep=keep[side]) for side in SIDES}
-    return replace(prototypes, **sides, choices=every)
 
 
 def format_choices(choices: Iterable[Choice], digest: str) -> str:

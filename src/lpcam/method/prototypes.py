@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lpcam.classifiers.features import Source
-from lpcam.method.choices import Choice, apply, read_choices
+from lpcam.method.choices import Choice, read_choices, settled
 from lpcam.method.clustering import CLUSTERINGS, Clusters
 from lpcam.method.functional import (
     foreground_minus_context,
@@ -75,7 +75,7 @@ class Prototypes:
     """Class and context prototypes of every class.
 
     A person's corrections (:meth:`drop`, :meth:`move`, :meth:`keep`, :meth:`name`) change them in
-    place, so that the LPCAM that holds them follows; :func:`lpcam.method.choices.apply` does not.
+    place, so that the LPCAM that holds them follows; :meth:`with_choices` makes other prototypes.
     """
 
     classes: tuple[str, ...]
@@ -135,8 +135,49 @@ class Prototypes:
             weights[place] *= given.get((self.classes[index], own, number), 1.0)
         return centers, weights
 
+    def with_choices(self, choices: Iterable[Choice]) -> Prototypes:
+        """Prototypes with more choices than these, which stay as they are.
+
+        Dropped ones lose ``keep``; so do moved ones, which count in the context of their class.
+        ``keep`` makes a prototype of any centre. Choices are settled as :func:`settled` says.
+
+        Raises PrototypeError if there is no such class or centre, if a context centre is moved, and
+        if a class that has foreground prototypes would lose the last one.
+        """
+        every = settled([*self.choices, *choices])
+        keep = {side: getattr(self, side).keep.clone() for side in SIDES}
+        for one in every:
+            if one.class_name not in self.classes:
+                raise PrototypeError(
+                    f"a choice is about the class {one.class_name!r}; the prototypes are of "
+                    f"{shortened(self.classes)}"
+                )
+            row = self.classes.index(one.class_name)
+            sizes = getattr(self, one.side).sizes[row].tolist()
+            if one.index >= len(sizes) or not sizes[one.index]:
+                raise PrototypeError(
+                    f"{one.class_name} has no {one.side} prototype {one.index}; it has "
+                    f"{sum(size > 0 for size in sizes)}, see 'lpcam prototypes RUN'"
+                )
+            if one.action == "context" and one.side == "context":
+                raise PrototypeError(
+                    f"prototype {one.index} of {one.class_name} is a context prototype already, so "
+                    "it cannot be moved; keep or drop it"
+                )
+            if one.action is not None:
+                keep[one.side][row, one.index] = one.action == "keep"
+        lost = self.foreground.keep.any(1) & ~keep["foreground"].any(1)
+        if lost.any():
+            names = [name for name, gone in zip(self.classes, lost.tolist(), strict=True) if gone]
+            raise PrototypeError(
+                f"no foreground prototype of {shortened(names)} would be left, so there would be "
+                "no map of it; keep one of them, or take the class out of the labels"
+            )
+        sides = {side: replace(getattr(self, side), keep=keep[side]) for side in SIDES}
+        return replace(self, **sides, choices=every)
+
     def drop(self, class_name: str, numbers: Sequence[int], side: SideName = "foreground") -> Self:
-        """Leave prototypes of a class out, in place; raises as :func:`choices.apply` does."""
+        """Leave prototypes of a class out, in place; raises as :meth:`with_choices`."""
         return self._choose(class_name, numbers, side, action="drop")
 
     def move(self, class_name: str, numbers: Sequence[int]) -> Self:
@@ -154,7 +195,7 @@ class Prototypes:
     def _choose(
         self, class_name: str, numbers: Sequence[int], side: SideName, **values: Any
     ) -> Self:
-        made = apply(self, [Choice(class_name, side, number, **values) for number in numbers])
+        made = self.with_choices(Choice(class_name, side, number, **values) for number in numbers)
         self.foreground, self.context, self.choices = made.foreground, made.context, made.choices
         return self
 
@@ -164,7 +205,7 @@ class Prototypes:
         Raises PrototypeError if the file is damaged or about other prototypes.
         """
         rows = () if choices is None else read_choices(choices, self.digest)
-        return replace(apply(self, rows), weights=weights)
+        return replace(self.with_choices(rows), weights=weights)
 
     @property
     def names(self) -> dict[str, dict[int, str]]:

@@ -17,7 +17,7 @@ from lpcam.data.reader import ListName
 from lpcam.explain.explainer import Explainer
 from lpcam.formats.masks.base import MaskEntry
 from lpcam.formats.models.lpcam_model import LPCAMModel
-from lpcam.method.choices import Choice, apply, format_choices
+from lpcam.method.choices import Choice, format_choices
 from lpcam.method.early import EarlyPrototypes
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import Method
@@ -216,7 +216,7 @@ class RunFolder:
         """
         fitted = Prototypes.load(self._finished(self.prototypes(), "prototypes"))
         path = self.choices if self.choices.is_file() else self.load_recipe().lpcam.choices
-        made = apply(fitted.chosen(path, "equal"), choices)
+        made = fitted.chosen(path, "equal").with_choices(choices)
         if choices:
             write_bytes(self.choices, format_choices(made.choices, made.digest).encode())
         return made
