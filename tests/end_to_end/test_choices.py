@@ -124,8 +124,8 @@ def test_the_protocol_says_which_choices_were_a_persons(values: Values) -> None:
     )
     rows = go(values, path).rows
     chosen = rows[0]["protocol"]["prototype_choices"]
-    assert [(one["by"], one.get("reason")) for one in chosen] == [
-        ("negatives", None),
+    assert [(one["by"], one["reason"]) for one in chosen] == [
+        ("negatives", ""),
         ("person", "it is the rail"),
     ]
     assert "choices" not in rows[0]["protocol"]["changed_from_preset"]

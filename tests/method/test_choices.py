@@ -107,9 +107,9 @@ def test_order_of_choices(prototypes: Prototypes) -> None:
 def test_wrong_choices(prototypes: Prototypes) -> None:
     with pytest.raises(PrototypeError, match="horse"):
         prototypes.drop("horse", [0])
-    with pytest.raises(PrototypeError, match="prototype 4"):
+    with pytest.raises(PrototypeError, match="foreground prototype 4"):
         prototypes.drop("cow", [4])
-    with pytest.raises(PrototypeError, match="dog has no foreground prototype 1"):
+    with pytest.raises(PrototypeError, match="foreground prototype 1 of 'dog'"):
         prototypes.keep("dog", [1])
     with pytest.raises(PrototypeError, match="context prototype already"):
         prototypes.with_choices([Choice("cow", "context", 0, "context")])
@@ -167,20 +167,23 @@ def test_a_file_of_choices(tmp_path: Path, prototypes: Prototypes) -> None:
         prototypes.chosen(tmp_path / "missing.yaml", "equal")
 
 
+CENTRE = "class: cow, side: foreground, index: 1"
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("{", "x.yaml"),
-        ("- 1", "format"),
+        ("- 1", "x.yaml"),
         ("{format: 2}", "format"),
-        ("{format: 1, wrong: 3}", "wrong"),
-        ("{format: 1, choices: 3}", "x.yaml"),
-        ("{format: 1, choices: [3]}", "3"),
-        ("{format: 1, choices: [{class: cow, side: foreground, index: -1}]}", "index"),
-        ("{format: 1, choices: [{class: cow, side: front, index: 1}]}", "front"),
-        ("{format: 1, choices: [{class: cow, side: foreground, index: 1, action: go}]}", "go"),
-        ("{format: 1, choices: [{class: cow, side: foreground, index: 1, colour: red}]}", "colour"),
-        ("{format: 1, choices: [{class: cow, side: foreground, index: 1, weight: 0}]}", "weight"),
+        ("{format: 1, prototypes: a, wrong: 3}", "wrong"),
+        ("{prototypes: a, choices: 3}", "x.yaml"),
+        ("{prototypes: a, choices: [3]}", "3"),
+        ("{prototypes: a, choices: [{class: cow, side: foreground, index: -1}]}", "index"),
+        ("{prototypes: a, choices: [{class: cow, side: front, index: 1}]}", "front"),
+        (f"{{prototypes: a, choices: [{{{CENTRE}, action: go}}]}}", "go"),
+        (f"{{prototypes: a, choices: [{{{CENTRE}, colour: red}}]}}", "colour"),
+        (f"{{prototypes: a, choices: [{{{CENTRE}, weight: 0}}]}}", "weight"),
         ("!!python/object/apply:os.system ['true']", "x.yaml"),
     ],
 )

@@ -2,52 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AliasChoices, ConfigDict, Field, TypeAdapter, ValidationError
 
 from lpcam.method.reservoir import SideName
 from lpcam.runtime.errors import PrototypeError
 from lpcam.runtime.files import read_bytes
+from lpcam.runtime.settings import Section
 
 Action = Literal["keep", "drop", "context"]
 """Use a centre as a prototype, leave it out, or count a foreground centre as context."""
-Author = Literal["person", "negatives"]
-FORMAT = 1  #: Of a file of choices.
-LONGEST_NAME = 60  #: Characters of a prototype's name.
-Place = tuple[str, SideName, int]  #: A centre: the name of its class, its side and its number.
+TOLD = {"keep": "kept", "drop": "dropped", "context": "moved to the context"}
+HEADER = (
+    "# Choices about prototypes (keep, drop, context, name, weight); lpcam.choices names them.\n"
+)
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Choice:
     """What someone chose about one centre; None leaves what was fitted or chosen before."""
 
-    class_name: str
+    class_name: Annotated[
+        str,
+        Field(validation_alias=AliasChoices("class", "class_name"), serialization_alias="class"),
+    ]
     side: SideName  #: Side on which the centre was fitted.
     index: Annotated[int, Field(ge=0)]  #: Row of the centre in :class:`Centers`.
     action: Action | None = None
-    name: Annotated[str, Field(max_length=LONGEST_NAME)] | None = None
+    name: Annotated[str, Field(max_length=60)] | None = None
     """Name of the part that it shows, such as "head"; an empty one takes the name away."""
     weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Factor of its weight among the prototypes of its class and side."""
-    by: Author = "person"
+    by: Literal["person", "negatives"] = "person"
     reason: str = ""
 
     @property
-    def place(self) -> Place:
+    def place(self) -> tuple[str, SideName, int]:
         """The centre that it is about."""
         return self.class_name, self.side, self.index
 
     @property
     def told(self) -> str:
         """What was chosen, by whom and why, in words."""
-        said = {"keep": "kept", "drop": "dropped", "context": "moved to the context"}
-        words = [said[self.action]] if self.action else []
+        words = [TOLD[self.action]] if self.action else []
         words += [f"named {self.name}"] if self.name else []
         words += [f"weighted {self.weight:g}"] if self.weight else []
         who = "a person" if self.by == "person" else "negatives"
@@ -55,18 +58,24 @@ class Choice:
 
     def as_json(self) -> dict[str, Any]:
         """The values that say something, as a file has them."""
-        values = {"class": self.class_name, **asdict(self)}
-        return {k: v for k, v in values.items() if k != "class_name" and v not in (None, "")}
+        values: dict[str, Any] = _CHOICE.dump_python(self, by_alias=True, exclude_none=True)
+        return values
 
     @classmethod
     def of_json(cls, values: Any) -> Choice:
         """The choice that :meth:`as_json` wrote; ValidationError if it is none."""
-        if isinstance(values, dict):
-            values = {"class_name" if k == "class" else k: v for k, v in values.items()}
-        return _ADAPTER.validate_python(values)
+        return _CHOICE.validate_python(values)
 
 
-_ADAPTER = TypeAdapter(Choice)
+_CHOICE = TypeAdapter(Choice)
+
+
+class _File(Section):
+    """A file of choices."""
+
+    format: Literal[1] = 1
+    prototypes: str  #: :attr:`Prototypes.digest` of those that the choices are about.
+    choices: tuple[Choice, ...] = ()
 
 
 def settled(choices: Iterable[Choice]) -> tuple[Choice, ...]:
@@ -80,7 +89,7 @@ def settled(choices: Iterable[Choice]) -> tuple[Choice, ...]:
         >>> settled([dropped, Choice("cow", "foreground", 3, name="leg"), rejected])[0].action
         'drop'
     """
-    found: dict[Place, Choice] = {}
+    found: dict[tuple[str, SideName, int], Choice] = {}
     for choice in sorted(choices, key=lambda one: one.by == "person"):
         before = found.get(choice.place, choice)
         given = {
@@ -94,14 +103,9 @@ def settled(choices: Iterable[Choice]) -> tuple[Choice, ...]:
 
 def format_choices(choices: Iterable[Choice], digest: str) -> str:
     """Text of a file of choices (YAML) about prototypes of a :attr:`Prototypes.digest`."""
-    values = {"format": FORMAT, "prototypes": digest}
-    rows = [one.as_json() for one in choices]
-    return (
-        "# Choices about the prototypes of LPCAM: action is keep, drop or context; see the guide\n"
-        '# "Correct what the classifier believes".\n'
-        + yaml.safe_dump(values, sort_keys=False)
-        + yaml.safe_dump({"choices": rows}, sort_keys=False, allow_unicode=True, width=1000)
-    )
+    values = _File(prototypes=digest, choices=tuple(choices))
+    made = values.model_dump(mode="json", by_alias=True, exclude_none=True)
+    return HEADER + yaml.safe_dump(made, sort_keys=False, allow_unicode=True)
 
 
 def parse_choices(text: str | bytes, digest: str, where: str) -> tuple[Choice, ...]:
@@ -111,29 +115,24 @@ def parse_choices(text: str | bytes, digest: str, where: str) -> tuple[Choice, .
     ``digest``, the :attr:`Prototypes.digest`: after another fit the same number is another centre.
     """
     try:
-        values = yaml.safe_load(text)
-        if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ValueError(f"it has no 'format: {FORMAT}'")
-        if unknown := values.keys() - {"format", "prototypes", "choices"}:
-            raise ValueError(f"unknown key {min(unknown, key=str)!r}")
-        rows: Sequence[Any] = values.get("choices") or []
-        choices = tuple(Choice.of_json(row) for row in rows)
-    except ValidationError as error:
-        first = error.errors()[0]
-        wrong = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, got {first['input']!r:.60}"
-        raise PrototypeError(f"{where} has a wrong choice: {wrong}") from None
-    except (yaml.YAMLError, TypeError, ValueError) as error:
+        file = _File.model_validate(yaml.safe_load(text))
+    except (yaml.YAMLError, ValidationError) as error:
+        wrong = str(error)
+        if isinstance(error, ValidationError):
+            first = error.errors()[0]
+            at = ".".join(map(str, first["loc"]))
+            wrong = f"{at}: {first['msg']}, got {first['input']!r:.60}"
         raise PrototypeError(
-            f"{where} is not a file of choices: {error}; write it with 'lpcam prototypes RUN "
+            f"{where} is not a file of choices ({wrong}); write it with 'lpcam prototypes RUN "
             "--drop CLASS:NUMBER', or save it in the report"
         ) from None
-    if values.get("prototypes") != digest:
+    if file.prototypes != digest:
         raise PrototypeError(
-            f"the choices in {where} are about prototypes {values.get('prototypes')}, but these "
-            f"are {digest}: they were fitted anew, so the numbers mean other centres; look at them "
+            f"the choices in {where} are about prototypes {file.prototypes}, but these are "
+            f"{digest}: they were fitted anew, so the numbers mean other centres; look at them "
             "again ('lpcam prototypes RUN', or the report) and write a new file"
         )
-    return choices
+    return file.choices
 
 
 def read_choices(path: Path, digest: str) -> tuple[Choice, ...]:

@@ -147,17 +147,13 @@ class Prototypes:
         every = settled([*self.choices, *choices])
         keep = {side: getattr(self, side).keep.clone() for side in SIDES}
         for one in every:
-            if one.class_name not in self.classes:
-                raise PrototypeError(
-                    f"a choice is about the class {one.class_name!r}; the prototypes are of "
-                    f"{shortened(self.classes)}"
-                )
-            row = self.classes.index(one.class_name)
-            sizes = getattr(self, one.side).sizes[row].tolist()
+            known = one.class_name in self.classes
+            row = self.classes.index(one.class_name) if known else 0
+            sizes = getattr(self, one.side).sizes[row].tolist() if known else []
             if one.index >= len(sizes) or not sizes[one.index]:
                 raise PrototypeError(
-                    f"{one.class_name} has no {one.side} prototype {one.index}; it has "
-                    f"{sum(size > 0 for size in sizes)}, see 'lpcam prototypes RUN'"
+                    f"there is no {one.side} prototype {one.index} of {one.class_name!r}; 'lpcam "
+                    "prototypes RUN' lists them"
                 )
             if one.action == "context" and one.side == "context":
                 raise PrototypeError(
