@@ -81,6 +81,7 @@ def prototypes(call: Invocation, run: Path, reason: str, every: bool, **options:
                     bool(centers.keep[index, number]),
                 )
                 words = [reports.rule_of(side, score, is_kept, settings, choice)]
+                words += filter(None, [centers.fire_text(index, number)])
                 words += [f"name {choice.name}"] if choice and choice.name else []
                 picture = folder.patch(index, side, number)
                 words += [str(picture)] if picture.is_file() else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -46,6 +47,8 @@ class Centers:
     scores: Tensor  #: (N, K), z of equations 3 and 4, in [0, 1]
     sizes: Tensor  #: (N, K) int64, local features in the cluster
     keep: Tensor  #: (N, K) bool, True for prototypes
+    fire: Tensor | None = None
+    """(N, K), fire rates in [0, 1] (:mod:`lpcam.method.negatives`); None: not measured."""
 
     @classmethod
     def empty(cls, classes: int, clusters: int, channels: int) -> Centers:
@@ -63,7 +66,16 @@ class Centers:
         whole = Centers.empty(classes, *self.centers.shape[1:])
         for part in PARTS:
             getattr(whole, part)[list(fitted)] = getattr(self, part)
-        return whole
+        if self.fire is None:
+            return whole
+        rates = torch.full_like(whole.scores, float("nan"))
+        rates[list(fitted)] = self.fire
+        return replace(whole, fire=rates)
+
+    def fire_text(self, index: int, number: int) -> str:
+        """The fire rate of a centre in words; empty if none was measured."""
+        rate = float("nan") if self.fire is None else float(self.fire[index, number])
+        return "" if math.isnan(rate) else f"fire rate {rate:.2f}"
 
     def prototypes(self, index: int) -> Tensor:
         """Selected centres (K', C) of a class; K' may be 0."""
@@ -226,6 +238,8 @@ class Prototypes:
     def save(self, path: Path, extra: Mapping[str, Tensor] | None = None, **metadata: Any) -> None:
         """Write a safetensors file atomically, with ``extra`` tensors and metadata if given."""
         tensors = {f"{s}.{part}": getattr(getattr(self, s), part) for s in SIDES for part in PARTS}
+        if self.foreground.fire is not None:
+            tensors["foreground.fire"] = self.foreground.fire
         fitted = self._fitted()
         if len(fitted) < len(self.classes):  # those of a thousand classes that have centres
             tensors = {name: values[fitted] for name, values in tensors.items()}
@@ -261,6 +275,7 @@ class Prototypes:
                 )
             classes, events = tuple(metadata["classes"]), tuple(metadata["events"])
             sides = [Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES]
+            sides[0] = replace(sides[0], fire=tensors.get("foreground.fire"))
             if "fitted" in metadata:
                 sides = [one.spread(len(classes), metadata["fitted"]) for one in sides]
             foreground, context = sides

@@ -118,6 +118,20 @@ class EarlySettings(Section):
     """Number of images that are clustered and judged, or 25 for each class if that is more."""
 
 
+class NegativeSettings(Section):
+    """How images without a class reject its foreground prototypes (docs/adaptive.md)."""
+
+    margin: Fraction = 0.4
+    """Prototypes whose margin is below this share of their class's largest one are dropped. The
+    margin is the best cosine in an image with the class minus that in one without, in the mean."""
+    hardest: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Share of the images of data.negatives, the most similar ones of each prototype, that count.
+    Smaller: a few images of what a prototype shows are enough to reject it."""
+    reject_by: Literal["folder", "all"] = "folder"
+    """Images that reject: those of data.negatives, or also all of the data set without a label.
+    The fire rates of the report are measured on both."""
+
+
 class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel):
     """All settings of LPCAM. Functions that need only some take the part that they read.
 
@@ -128,6 +142,8 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
     preset: str = "voc12.official"
     early: EarlySettings | None
     """Early layers of the backbone, for the maps LPCAM-E; null: none."""
+    negatives: NegativeSettings | None = None
+    """Compare prototypes with images without their class; null: do not."""
     choices: RecipePath | None = None
     """File of choices about the prototypes, such as prototypes.yaml of a report; null: none."""
     _automatic: frozenset[str] = PrivateAttr(default=frozenset())

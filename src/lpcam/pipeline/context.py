@@ -20,6 +20,7 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.early_layers import early_layers
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Dataset, Item
+from lpcam.data.image_files import NEGATIVES
 from lpcam.data.pixels import key_of, look_at_pixels, refuse_ruin
 from lpcam.data.reader import ListName, Opened
 from lpcam.data.survey import Finding
@@ -326,7 +327,12 @@ class Context:
         items = self.dataset.select(name)
         if not items:
             raise DataError(f"the list {name!r} ({stage}) has no usable image")
-        return items
+        return [*items, *self.negatives] if stage == "classify" else items
+
+    @property
+    def negatives(self) -> list[Item]:
+        """The usable images of the folder of negatives; none without one."""
+        return [] if self.recipe.data.negatives is None else self.dataset.select(NEGATIVES)
 
     def truth(self, stage: ListName) -> list[Item]:
         """The images of a list with a true mask; none, with a notice, if no mask shows a class."""

@@ -171,7 +171,8 @@ def prototype_records(
             for number in shown_numbers(of, index, count):
                 score, keep = of.scores[index, number].item(), bool(of.keep[index, number])
                 choice = chosen.get((classes[index], side, number))
-                rule = rule_of(side, score, keep, fitted.settings, choice)
+                words = [rule_of(side, score, keep, fitted.settings, choice)]
+                rule = ", ".join([*words, *filter(None, [of.fire_text(index, number)])])
                 size = int(of.sizes[index, number])
                 card = {"number": number, "score": score, "size": size, "kept": keep, "rule": rule}
                 cards.append(card | {"patches": [], "map": None, "range": None})
