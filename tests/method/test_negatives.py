@@ -93,12 +93,16 @@ def test_images_of_the_data_set_measure_and_reject_if_asked(
     assert dropped(compare(prototypes, [*own, *others], BOTH)) == [1]
 
 
-def test_one_prototype_stays(prototypes: Prototypes, own: list[Seen]) -> None:
+@pytest.mark.parametrize(("keep", "left"), [(0.0, 1), (0.5, 2), (0.7, 3), (1.0, 3)])
+def test_the_best_prototypes_stay(
+    prototypes: Prototypes, own: list[Seen], keep: float, left: int
+) -> None:
     # the data set rejects all but the horn, the folder the horn
     others = [see(prototypes, [1], 9 * COW + HORN, WALL)]
     folder = [see(prototypes, None, HORN, WALL)]
-    made = compare(prototypes, [*own, *others, *folder], BOTH)
-    assert made.foreground.keep.sum() == 1
+    settings = NegativeSettings(reject_by="all", keep=keep, margin=1.0)
+    made = compare(prototypes, [*own, *others, *folder], settings)
+    assert made.foreground.keep.sum() == left
 
 
 def test_negatives_that_show_everything_reject_nothing(

@@ -7,6 +7,7 @@ Shapes: N classes, K centres of a class, C channels, A images without and B imag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Literal
@@ -74,9 +75,10 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
     """Prototypes with fire rates, and with choices that drop foreground prototypes by negatives.
 
     A prototype is dropped if its margin is below ``settings.margin`` times the largest margin of
-    its class, for the folder of negatives or, with ``reject_by`` all, for either source. One of a
-    class always stays: that of the largest share. A class of whose prototypes none has a positive
-    margin is left as it is, with an event. The fire rate is the higher one of the two sources.
+    its class, for the folder of negatives or, with ``reject_by`` all, for either source, and if it
+    is not among the share ``settings.keep`` of them with the largest margins. A class of whose
+    prototypes none has a positive margin is left as it is, with an event. The fire rate is the
+    higher one of the two sources.
     """
     having: dict[int, list[Tensor]] = {}
     lacking: dict[tuple[int, Source], list[Tensor]] = {}
@@ -115,8 +117,8 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
             share = torch.minimum(share, margin / largest)
         fire[index][foreground.sizes[index] == 0] = float("nan")
         rejected = kept & (share < settings.margin)
-        if bool(rejected.any()) and not bool((kept & ~rejected).any()):
-            rejected[torch.where(kept, share, -torch.inf).argmax()] = False
+        best = torch.where(kept, share, -torch.inf).argsort(descending=True, stable=True)
+        rejected[best[: max(1, math.ceil(settings.keep * int(kept.sum())))]] = False
         for number in torch.nonzero(rejected).flatten().tolist():
             reason = f"{share[number]:.2f} of the best margin of its class"
             own = Choice(name, "foreground", number, "drop", by="negatives", reason=reason)

@@ -124,6 +124,9 @@ class NegativeSettings(Section):
     margin: Fraction = 0.4
     """Prototypes whose margin is below this share of their class's largest one are dropped. The
     margin is the best cosine in an image with the class minus that in one without, in the mean."""
+    keep: Fraction = 0.5
+    """Share of a class's prototypes, those of the largest margins, that are never dropped; one at
+    least. Smaller: fewer false positives, less of the object."""
     hardest: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Share of the images of data.negatives, the most similar ones of each prototype, that count.
     Smaller: a few images of what a prototype shows are enough to reject it."""
