@@ -244,7 +244,7 @@ def test_maps_follow_corrected_prototypes(
     assert not torch.equal(changed[:, 0], plain[:, 0])
     assert torch.equal(changed[:, 1], plain[:, 1])
     maps = lpcam.image_maps(images[0], np.zeros((64, 96, 3), np.uint8), ["red"])
-    assert maps.shares("red") == {"lid": 1.0}
+    assert maps.parts["red"][0] == ("lid",)
     vectors = lpcam.prototypes_.vectors()
     assert torch.equal(LPCAMHead.from_lpcam(lpcam).vectors, vectors)
     assert torch.equal(Explainer(lpcam).vectors, vectors)

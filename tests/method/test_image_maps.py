@@ -215,7 +215,7 @@ def test_named_parts_share_the_map_of_a_class(tmp_path: Path) -> None:
     parts = {0: {"head": head[None], "leg": torch.stack([leg, -sky])}}
     made = ImageMaps.of_features(
         pairs,
-        (2, 4),
+        (32, 64),
         [1, 0],
         torch.eye(2, 3),
         vectors,
@@ -223,16 +223,17 @@ def test_named_parts_share_the_map_of_a_class(tmp_path: Path) -> None:
         np.array([0.9, 0.2]),
         LpcamSettings.from_preset("voc12.official"),
         parts=parts,
-        image=np.zeros((4, 8, 3), np.uint8),
+        image=np.zeros((64, 128, 3), np.uint8),
         threshold=0.5,
     )
-    assert made.shares("cow") == pytest.approx({"head": 2 / 3, "leg": 1 / 3})
+    # the map is 1 in the first 40 columns, and falls to the threshold in the next 8
+    assert made.shares("cow") == pytest.approx({"head": 32 / 46, "leg": 14 / 46}, abs=0.01)
     assert made.shares("sky") == {}
-    assert made.part_mask("cow").tolist() == [[1, 1, 1, 1, 2, 2, 0, 0]] * 4
+    assert made.part_mask("cow").tolist() == [[1] * 64 + [2] * 32 + [0] * 32] * 64
     found = made.save(tmp_path)
     first, second = found["classes"]
     assert "parts" not in first
-    assert second["parts"] == {"head": 0.6667, "leg": 0.3333}
+    assert second["parts"] == pytest.approx(made.shares("cow"), abs=1e-4)
     mask = read_index_mask(tmp_path / second["files"]["part_mask"])
     assert np.array_equal(mask, made.part_mask("cow"))
     nowhere = replace(made, threshold=1.0)

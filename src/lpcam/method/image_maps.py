@@ -21,7 +21,7 @@ from lpcam.data.images import png_bytes, resize_image
 from lpcam.data.masks import write_mask
 from lpcam.data.resize import resize, scaled_size
 from lpcam.method.early import EarlyPrototypes
-from lpcam.method.functional import cosine_activation
+from lpcam.method.functional import GRID, cosine_activation, strided
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import DataError, import_extra
@@ -313,12 +313,14 @@ def _nearest(
 ) -> NDArray[np.uint8]:
     """The number of the part whose best cosine, summed over scales, is the largest, (h, w)."""
     rows, counts = torch.cat(list(parts.values())), [len(one) for one in parts.values()]
-    total = torch.zeros(len(counts), *size)
+    height, width = (strided(side, GRID) * GRID for side in size)  # as fuse_scales
+    total = torch.zeros(len(counts), height, width)
     for pair in pairs:
         cosines = cosine_activation(pair.features, rows.to(pair.features), pair.mirrored)
         best = [one.amax(-3) for one in torch.split(cosines, counts, dim=-3)]
-        total += resize(torch.cat(best).reshape(len(best), *best[0].shape[-2:]), size).cpu()
-    return np.asarray(total.argmax(0).byte())
+        planes = torch.cat(best).reshape(len(best), *best[0].shape[-2:])
+        total += resize(planes, (height, width)).cpu()
+    return np.asarray(total[:, : size[0], : size[1]].argmax(0).byte())
 
 
 def _mask_ids(count: int, chosen: Sequence[int], given: Sequence[int] | None) -> tuple[int, ...]:
