@@ -3,6 +3,9 @@
 LPCAM and CAM: from the image file (the run's own functions) or from a normalised image (the classes
 CAM and LPCAM) to the maps of full size, over the preset's scales and flip; the backbone is in it.
 
+One photograph of 375 x 500 pixels, from the file: maps of its label as ``lpcam explain`` asks for
+them, and the page's answer with the maps of every class, both fast and in full quality.
+
 pytorch-grad-cam: the same classifier, the same batch of normalised images in memory to maps of full
 size, one class an image, one scale, no flip, both in the way their documentation shows.
 """
@@ -11,14 +14,18 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import timm
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import (
@@ -42,11 +49,15 @@ from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
+from lpcam.explain.explainer import Explainer
+from lpcam.explain.serve.app import answer_of
 from lpcam.method.extractors import CAM, LPCAM
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 
 CAM_GOAL = 1.03
+LATENCY_GOAL = 0.12
+"""Seconds of one photograph, fast, on two threads."""
 FORMS = {"fit": 1.05, "present=True": 1.05, "call": 1.3, "CAM, call": 1.3}
 """What may cost how many times as much with 1,000 classes as with 20, in time and in memory."""
 PEER_GOAL = 2.0
@@ -125,6 +136,37 @@ def against_cam(
             for name, values in one.items():
                 seconds.setdefault(name, []).append(Spread.of(values).median)
         return {"seconds": seconds}
+
+
+# -- One photograph ----------------------------------------------------------------------------
+
+
+def latency(
+    data: str | None, weights: str | None, device: str, quick: bool, repetitions: int
+) -> dict[str, list[float]]:
+    """Seconds of one photograph, from its file, in ``explain`` and on the page, by quality."""
+    with (
+        photographs(data, "train", FITTED_ON, 120 if quick else 500) as found,
+        TemporaryDirectory() as folder,
+    ):
+        model = classifier(weights, found.classes, quick=quick).to(device)
+        settings = LpcamSettings.from_preset(PRESET)
+        full = Explainer(extractors(model, found.items, settings)[1], settings=settings)
+        item = found.items[0]
+        size = (96, 128) if quick else SIZE
+        path = Path(folder, "photograph.jpg")
+        Image.fromarray(read_image(item.image)).resize(size[::-1]).save(path, quality=92)
+        label = [found.classes[item.labels[0]]]
+
+        def answer(explainer: Explainer) -> str:
+            maps = explainer.highest(path, len(found.classes))
+            return json.dumps(answer_of(maps, explainer))
+
+        calls: dict[str, Callable[[], object]] = {}
+        for quality, explainer in (("fast", full.fast()), ("full", full)):
+            calls[f"explain, {quality}"] = partial(explainer, path, labels=label)
+            calls[f"serve, {quality}"] = partial(answer, explainer)
+        return interleaved(calls, repetitions=repetitions, device=device)
 
 
 # -- A thousand classes ------------------------------------------------------------------------
@@ -338,7 +380,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"one, the median of {repetitions} repetitions each, scales and flip of `{PRESET}`. "
         f"Extractors: a batch of {batch}, one scale, no flip, {repetitions} repetitions.\n"
     )
-    rows, peers = [], []
+    rows, waits, peers = [], [], []
     for threads in options.threads:
         found = in_process(
             "benchmarks.extraction:against_cam",
@@ -362,6 +404,18 @@ def main(argv: Sequence[str] | None = None) -> int:
                 ]
             )
         found = in_process(
+            "benchmarks.extraction:latency",
+            threads,
+            here=options.quick,
+            **given,
+            repetitions=1 if options.quick else options.repetitions or 15,
+        )
+        for name, seconds in found.items():
+            time = Spread.of(seconds)
+            scored = not options.quick and threads == 2 and name.endswith("fast")
+            goal = verdict(time.median, at_most=LATENCY_GOAL) if scored else ""
+            waits.append([str(threads), f"`{name}`", show_seconds(time), goal])
+        found = in_process(
             "benchmarks.extraction:against_peer",
             threads,
             here=options.quick,
@@ -373,6 +427,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(
         table(["threads", "path", "CAM, an image", "LPCAM, an image", "LPCAM ÷ CAM", "goal"], rows)
     )
+    print("\nOne photograph of 375 × 500 pixels, from its file; *fast* is scale 1 without flip:\n")
+    print(table(["threads", "command, quality", "time", "goal, s"], waits))
     print("\nOne label for each image among 20 and 1,000 classes, 224 pixels, random weights:\n")
     titles = ["model", "call", "20", "1,000", "÷", "peak, 20", "peak, 1,000", "÷", "goal"]
     print(table(titles, classes_rows(options)))

@@ -74,6 +74,24 @@ def test_maps_are_those_of_the_extractors(run: Path, image: np.ndarray) -> None:
     assert maps.mask_ids == (3, 1)
 
 
+def test_fast_is_scale_1_without_the_mirror_image(
+    run: Path, explainer: Explainer, image: np.ndarray
+) -> None:
+    """Its maps are those of such settings; nothing else of its provenance differs."""
+    assert explainer.settings.flip and len(explainer.settings.scales) > 1
+    settings = explainer.settings.fixed(scales=(1.0,), flip=False)
+    labels = {"labels": ["red", "blue"]}
+    maps, full = explainer.fast()(image, **labels), explainer(image, **labels)
+    np.testing.assert_array_equal(
+        maps.lpcam, Explainer(*loaded(run), settings)(image, **labels).lpcam
+    )
+    assert np.abs(maps.lpcam - full.lpcam).max() > 0.01
+    assert maps.scores == pytest.approx(full.scores) and maps.threshold == full.threshold
+    differ = {key for key in full.made_by if maps.made_by[key] != full.made_by[key]}
+    assert differ == {"scales", "flip", "changed_from_preset"}
+    assert maps.made_by["scales"] == [1.0] and not maps.made_by["flip"]
+
+
 def test_a_runs_own_image_gets_the_runs_own_maps(run: Path, explainer: Explainer) -> None:
     """But for the run's rounding of features to half precision and of maps to 8 bits."""
     recipe = load_recipe(run / "recipe.yaml")

@@ -108,6 +108,23 @@ def test_a_folder(explainer: Explainer, folder: Path, tmp_path: Path) -> None:
     assert f"results in {output}" in summary
 
 
+def test_the_command_maps_fast_on_request(
+    run: Path, explainer: Explainer, folder: Path, tmp_path: Path
+) -> None:
+    image = folder / "a.png"
+    for option in ([], ["--fast"]):
+        output = tmp_path / f"out{len(option)}"
+        given = ["--run", str(run), "--labels", "blue", "--output", str(output), "--device", "cpu"]
+        assert main(["explain", str(image), *given, *option]) == 0
+        chosen = explainer.fast() if option else explainer
+        expected = chosen(image, labels=["blue"])
+        np.testing.assert_array_equal(read_index_mask(output / "masks/a.png"), expected.mask())
+        made_by = json.loads((output / INDEX).read_text())["made_by"]
+        assert (made_by["scales"], made_by["flip"]) == (
+            ([1.0], False) if option else (list(explainer.settings.scales), True)
+        )
+
+
 def test_threads_give_the_same_bytes(explainer: Explainer, folder: Path, tmp_path: Path) -> None:
     for workers in (1, 2):
         explain_files(explainer, [folder], tmp_path / f"out{workers}", workers=workers)

@@ -19,9 +19,11 @@ from lpcam.method.prototypes import Centers, Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.report import prototypes as made
 from lpcam.report.prototypes import Early, Fitted, Place, crop, prototype_records
+from lpcam.runtime.distributed import Sharing
 
 SETTINGS = LpcamSettings.from_preset("frozen", scales=(1.0,), flip=False, split_maps="single_scale")
 SHOWN = {"count": 4, "patches": 3}
+SHARING = Sharing(workers=2)
 
 
 class Head:
@@ -123,11 +125,11 @@ def pairs(items: Sequence[Item], scales: Sequence[float]) -> Iterator[FeaturePai
 def fitted(**others: Any) -> Fitted:
     found = centers([5, 4], [True, False])
     prototypes = Prototypes(("cow", "dog"), found, found, "f", {})
-    return Fitted(Head(), prototypes, pairs, SETTINGS, Path("cam"))._replace(**others)
+    return Fitted(Head(), prototypes, pairs, pairs, SETTINGS, Path("cam"))._replace(**others)
 
 
 def test_prototype_records(items: list[Item]) -> None:
-    cow, dog = prototype_records(fitted(), items, **SHOWN)
+    cow, dog = prototype_records(fitted(), items, SHARING, **SHOWN)
     assert [cow["class"], dog["class"]] == [0, 1]
     assert cow["example"]["id"] == "i0"  # of this class alone
     assert dog["example"]["id"] == "i1"
@@ -155,7 +157,7 @@ def test_the_split_is_that_of_the_run(items: list[Item], tmp_path: Path) -> None
         write_maps(
             map_path(tmp_path, item.id), MapFile(keys, high[:, ::4, ::4], high), dtype="uint8"
         )
-    cow, _ = prototype_records(fitted(settings=settings, cams=tmp_path), items, **SHOWN)
+    cow, _ = prototype_records(fitted(settings=settings, cams=tmp_path), items, SHARING, **SHOWN)
     first = cow["sides"]["foreground"]["prototypes"][0]  # direction (1, 0): not on the right
     assert [p["cosine"] for p in first["patches"]] == [0.0, 0.0]
     first = cow["sides"]["context"]["prototypes"][0]
@@ -163,7 +165,7 @@ def test_the_split_is_that_of_the_run(items: list[Item], tmp_path: Path) -> None
 
 
 def test_a_class_without_images(items: list[Item]) -> None:
-    _, dog = prototype_records(fitted(), items[:1], **SHOWN)
+    _, dog = prototype_records(fitted(), items[:1], SHARING, **SHOWN)
     assert dog["example"] is None
     first = dog["sides"]["foreground"]["prototypes"][0]
     assert (first["patches"], first["map"]) == ([], None)
@@ -177,7 +179,7 @@ def test_a_class_without_prototypes(items: list[Item]) -> None:
         torch.zeros(2, 2, dtype=torch.bool),
     )
     none = Prototypes(("cow", "dog"), empty, empty, "f", {})
-    cow, _ = prototype_records(fitted(prototypes=none), items, **SHOWN)
+    cow, _ = prototype_records(fitted(prototypes=none), items, SHARING, **SHOWN)
     assert cow["example"] is None
     assert cow["sides"]["foreground"] == {"total": 0, "kept": 0, "prototypes": []}
 
@@ -208,7 +210,7 @@ def early(folder: Path, items: Sequence[Item], threshold: float = 0.5) -> Early:
 
 
 def test_prototypes_of_early_layers(items: list[Item], tmp_path: Path) -> None:
-    cow, _ = prototype_records(fitted(early=early(tmp_path, items)), items, **SHOWN)
+    cow, _ = prototype_records(fitted(early=early(tmp_path, items)), items, SHARING, **SHOWN)
     front, context = cow["sides"]["early foreground"], cow["sides"]["early context"]
     assert (front["total"], context["total"]) == (2, 1)  # zeros are missing
     # on the left i0 has (8, 0) twice, i1 (1, 1) twice; of equal ones the first is nearest
@@ -229,7 +231,7 @@ def test_prototypes_of_early_layers(items: list[Item], tmp_path: Path) -> None:
 
 def test_early_layers_of_a_map_without_foreground(items: list[Item], tmp_path: Path) -> None:
     found = early(tmp_path, items, threshold=1.0)
-    cow, _ = prototype_records(fitted(early=found), items, **SHOWN)
+    cow, _ = prototype_records(fitted(early=found), items, SHARING, **SHOWN)
     first = cow["sides"]["early foreground"]["prototypes"][0]
     assert (first["rule"], first["patches"]) == ("nearest to 0% of the places", [])
 
@@ -240,15 +242,15 @@ def test_many_classes_show_no_early_layers(items: list[Item], tmp_path: Path) ->
     for most, shown in ((24, 2), (12, 1), (11, 0)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(made, "_MOST_PATCHES", most)
-            cow, _ = prototype_records(fitted(early=found), items, **SHOWN)
+            cow, _ = prototype_records(fitted(early=found), items, SHARING, **SHOWN)
         assert len(cow["sides"]["early foreground"]["prototypes"]) == shown
 
 
 def test_confusion_records(items: list[Item]) -> None:
-    (one,) = made.confusion_records(fitted(), items, 5)
+    (one,) = made.confusion_records(fitted(), items, SHARING, 5)
     # i1 has both classes, so none of them is absent; i0's pooled features are (4.5, 0.5)
     assert (one["id"], one["present"], one["lookalike"]) == ("i0", 0, 1)
     expected = torch.tensor([4.5, 0.5]).sigmoid().tolist()
     assert one["scores"] == pytest.approx(expected, abs=1e-4)
     assert [one["maps"][name]["shape"] for name in ("CAM", "LPCAM")] == [[2, 10, 10]] * 2
-    assert made.confusion_records(fitted(), items, 0) == []
+    assert made.confusion_records(fitted(), items, SHARING, 0) == []

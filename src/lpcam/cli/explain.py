@@ -54,6 +54,9 @@ IMAGES = Argument(
         "--at-least-one", action="store_true", help="Map the top class if no class is predicted."
     ),
     Argument("--threshold", type=fraction, help="Threshold of the masks (default: the recipe's)."),
+    Argument(
+        "--fast", action="store_true", help="Map at scale 1 without the mirror image: coarser maps."
+    ),
     Argument("--output", type=Path, default=Path("explained"), help="Folder to write."),
     THREADS,
     DEVICE,
@@ -66,14 +69,16 @@ def explain(
     score: float | None,
     at_least_one: bool,
     threshold: float | None,
+    fast: bool,
     output: Path,
     **source: Any,
 ) -> int:
     """Map and mask new images."""
     if labels is not None and score is not None:
         raise LpcamError("--score chooses classes, and --labels names them; give one of the two")
+    explainer = _explainer(**source)
     result = explanations.explain_files(
-        _explainer(**source),
+        explainer.fast() if fast else explainer,
         images,
         output,
         labels=labels,

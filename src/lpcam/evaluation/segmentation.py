@@ -33,7 +33,7 @@ def truth_labels(mask: NDArray[np.uint8] | Tensor, classes: ClassTable) -> Tenso
     for label, mask_id in enumerate(classes.mask_ids, start=1):
         table[mask_id] = label
     values = torch.as_tensor(mask)
-    return table.to(values.device)[values.long()]
+    return table.to(values.device).take(values.long())
 
 
 def confusion(truth: Tensor, prediction: Tensor, num_labels: int) -> Tensor:
@@ -88,21 +88,23 @@ class ThresholdSweep:
             )
         _check_range("keys", keys, self.num_classes)
         counted = truth != IGNORE
-        labels = truth[counted].long()
-        _check_range("truth", labels, self.num_classes + 1)
+        _check_range("truth", truth.where(counted, 0), self.num_classes + 1)
+        # Pixels that do not count get a last row, which is dropped: faster than to gather the rest.
+        labels = truth.int().where(counted, self.num_classes + 1)
         bins = len(self.thresholds) + 1
+        index = labels * (self.num_classes * bins)  # background at every threshold
         if len(keys):
-            best, plane = (part[counted] for part in maps.max(dim=0))
+            best, plane = maps.max(dim=0)
             if not torch.isfinite(best).all():
                 raise DataError("maps have NaN or infinite values; make them again")
             # in the dtype of the maps, in which a map is compared with one number too
             grid = torch.tensor(self.thresholds, dtype=maps.dtype, device=maps.device)
-            cells = torch.searchsorted(grid, best)  # number of thresholds < the value
-            index = (labels * self.num_classes + keys[plane]) * bins + cells
-        else:
-            index = labels * self.num_classes * bins  # background at every threshold
-        counts = torch.bincount(index, minlength=self.histogram.numel())
-        self.histogram += counts.view_as(self.histogram).to(self.histogram.device)
+            # number of thresholds < the value
+            index += torch.searchsorted(grid, best, out_int32=True)
+            index += (keys * bins).int().take(plane)
+        row = self.histogram[0].numel()
+        counts = torch.bincount(index.flatten(), minlength=self.histogram.numel() + row)
+        self.histogram += counts[:-row].view_as(self.histogram).to(self.histogram.device)
 
     def confusions(self) -> Tensor:
         """Confusion matrices int64 (T, N+1, N+1), one for each threshold of the grid."""

@@ -15,6 +15,8 @@ from PIL import Image
 
 QUALITY = 60
 """WebP quality, 0 to 100; a picture of 256 pixels takes about 8 kB. Files grow with it."""
+EFFORT = 2
+"""WebP method, 0 to 6. 4 takes twice as long for files that are 4 % smaller (0.3 dB better)."""
 
 
 def page_file(name: str) -> str:
@@ -33,7 +35,7 @@ def page_environment() -> jinja2.Environment:
     )
 
 
-def encode_array(values: NDArray[Any], *, level: int = 9) -> dict[str, Any]:
+def encode_array(values: NDArray[Any], *, level: int = 6) -> dict[str, Any]:
     """A uint8 or uint16 array as shape, type and deflated base64 of its little-endian bytes."""
     data = np.ascontiguousarray(values).astype(values.dtype.newbyteorder("<")).tobytes()
     return {
@@ -43,7 +45,7 @@ def encode_array(values: NDArray[Any], *, level: int = 9) -> dict[str, Any]:
     }
 
 
-def encode_unit(values: NDArray[np.floating[Any]], *, level: int = 9) -> dict[str, Any]:
+def encode_unit(values: NDArray[np.floating[Any]], *, level: int = 6) -> dict[str, Any]:
     """Values in [0, 1] as uint8, round(255 * value); values outside are clipped."""
     return encode_array(np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8), level=level)
 
@@ -51,5 +53,5 @@ def encode_unit(values: NDArray[np.floating[Any]], *, level: int = 9) -> dict[st
 def encode_picture(picture: NDArray[np.uint8], *, quality: int = QUALITY) -> str:
     """An RGB image (H, W, 3) as the data URI of a WebP file."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "WEBP", quality=quality, method=4)
+    Image.fromarray(picture).save(buffer, "WEBP", quality=quality, method=EFFORT)
     return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"

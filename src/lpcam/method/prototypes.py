@@ -20,6 +20,7 @@ from lpcam.method.functional import (
     score,
     select_context,
     select_foreground,
+    unit,
     zeros_on_demand,
 )
 from lpcam.method.reservoir import SIDES, Reservoir, SideName
@@ -34,6 +35,7 @@ PARTS = ("centers", "scores", "sizes", "keep")
 Weights = Literal["equal", "size", "score"]
 """How the prototypes of a class and side are weighted in its vector: all alike, by their number of
 local features, or by how sure the classifier is: z of foreground prototypes, 1 - z of context."""
+UNNAMED = "other"  #: Part of the prototypes without a name, in a class that has names.
 MEMBERS = 25  #: Features of a cluster, in the mean, where their number is automatic.
 FEWEST_CLUSTERS = 4  #: Smallest automatic number of clusters.
 MOST_TOLD = 5  #: Events that are logged; all are in :attr:`Prototypes.events`.
@@ -223,6 +225,19 @@ class Prototypes:
             if one.name and one.side == "foreground":
                 found.setdefault(one.class_name, {})[one.index] = one.name
         return found
+
+    def parts(self) -> dict[int, dict[str, Tensor]]:
+        """Unit foreground prototypes (K, C) by name, for each class that has names.
+
+        Those without a name are `UNNAMED`.
+        """
+        found: dict[int, dict[str, list[Tensor]]] = {}
+        for name, names in self.names.items():
+            index = self.classes.index(name)
+            for _, number in self.members(index, "foreground"):
+                rows = found.setdefault(index, {}).setdefault(names.get(number, UNNAMED), [])
+                rows.append(unit(self.foreground.centers[index, number], dim=0))
+        return {n: {k: torch.stack(v) for k, v in one.items()} for n, one in found.items()}
 
     @property
     def digest(self) -> str:

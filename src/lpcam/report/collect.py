@@ -14,7 +14,7 @@ from lpcam.data.dataset import Item
 from lpcam.data.drawing import choose_rows
 from lpcam.data.masks import voc_palette
 from lpcam.method.settings import Method
-from lpcam.report.images import Sources, choose, highlights, image_records, run_all
+from lpcam.report.images import Sources, choose, highlights, image_records
 from lpcam.report.prototypes import Fitted, confusion_records, prototype_records
 from lpcam.report.segmenters import SHOWN, SegmenterResults, segmenter_records
 from lpcam.runtime.distributed import Sharing
@@ -68,8 +68,8 @@ def collect(inputs: Inputs) -> dict[str, Any]:
     wanted = [name for turn in zip_longest(*found.values()) for name in turn if name is not None]
     shown = choose(inputs.items, section.images, wanted)
     searched = [item for item, _ in choose_rows(shown, section.searched)]
-    # The store keeps these features; below they are read one by one, on one thread.
-    run_all(sharing, fitted.features, searched, "report: features")
+    # These first: they read the features of each image once, which the store keeps for the rest.
+    confusions = confusion_records(fitted, searched, sharing, section.confusions)
     tested = {}
     if inputs.trained is not None:
         most = min(SHOWN, section.images)
@@ -107,10 +107,10 @@ def collect(inputs: Inputs) -> dict[str, Any]:
             },
             "early": [] if fitted.early is None else list(fitted.early.prototypes.layers),
             "classes": prototype_records(
-                fitted, searched, count=section.prototypes, patches=section.patches
+                fitted, searched, sharing, count=section.prototypes, patches=section.patches
             ),
         },
-        "confusions": confusion_records(fitted, searched, section.confusions),
+        "confusions": confusions,
         **tested,
         **inputs.about,
     }

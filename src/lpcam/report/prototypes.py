@@ -29,7 +29,8 @@ from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.prototypes import Centers, Prototypes
 from lpcam.method.reservoir import SIDES, SideName, on_grid, split_maps
 from lpcam.method.settings import LpcamSettings
-from lpcam.report.images import small_planes, thumbnail_record
+from lpcam.report.images import run_all, small_planes, thumbnail_record
+from lpcam.runtime.distributed import Sharing
 
 PATCH = 64  #: Side of a patch in the page, in pixels.
 _PATCH_CELLS = 5  # side of a patch in the image, in cells of the feature grid
@@ -59,13 +60,14 @@ class Fitted(NamedTuple):
     classifier: Classifier
     prototypes: Prototypes
     pairs: Pairs
+    plain: Pairs  #: The same at scale 1, perhaps without mirror images.
     settings: LpcamSettings
     cams: Path  #: Folder of the CAM maps, which split the images if the settings say so.
     early: Early | None = None
 
     def features(self, item: Item) -> Tensor:
         """Features (C, h, w) of an image at scale 1."""
-        (pair,) = self.pairs([item], (1.0,))
+        (pair,) = self.plain([item], (1.0,))
         return pair.features[0]
 
 
@@ -147,9 +149,8 @@ def shown_numbers(centers: Centers, index: int, count: int) -> list[int]:
     return kept[: count - room] + rejected[:room]
 
 
-@torch.inference_mode()
 def prototype_records(
-    fitted: Fitted, items: Sequence[Item], *, count: int, patches: int
+    fitted: Fitted, items: Sequence[Item], sharing: Sharing, *, count: int, patches: int
 ) -> list[dict[str, Any]]:
     """The prototypes of each class, each with its nearest patches in ``items`` and a map.
 
@@ -160,8 +161,9 @@ def prototype_records(
     chosen = {one.place: one for one in fitted.prototypes.choices}
     count = max(1, min(count, _MOST_PATCHES // (len(classes) * len(SIDES) * patches)))
     both: dict[SideName, Centers] = {side: getattr(fitted.prototypes, side) for side in SIDES}
-    records = []
-    for index in range(len(classes)):
+
+    @torch.inference_mode()
+    def record(index: int) -> dict[str, Any]:
         own = [item for item in items if index in item.labels]
         sides: dict[str, dict[str, Any]] = {}
         shown: list[Shown] = []
@@ -187,8 +189,9 @@ def prototype_records(
             example = {"id": item.id, **thumbnail_record(item.read())}
             if fitted.early is not None:
                 sides |= _early_sides(fitted.early, own, index, item, patches)
-        records.append({"class": index, "example": example, "sides": sides})
-    return records
+        return {"class": index, "example": example, "sides": sides}
+
+    return run_all(sharing, record, range(len(classes)), "report: prototypes")
 
 
 def _early_sides(
@@ -280,27 +283,34 @@ def _where_to_look(fitted: Fitted, item: Item, *, index: int, sides: Sequence[Si
     return item.id, features, torch.stack([by_side[side] for side in sides]).cpu()
 
 
-@torch.inference_mode()
-def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list[dict[str, Any]]:
+def confusion_records(
+    fitted: Fitted, items: Sequence[Item], sharing: Sharing, count: int
+) -> list[dict[str, Any]]:
     """Images in which the classifier scores an absent class high, with maps of both classes.
 
     One image for each of at most ``count`` pairs of classes, the highest scores first (Figure 1).
     """
     weight, settings = fitted.classifier.weight, fitted.settings
+    vectors = fitted.prototypes.vectors().to(weight)
+
+    @torch.inference_mode()
+    def scores(item: Item) -> list[float]:
+        pooled = fitted.features(item).mean((-2, -1)).to(weight)
+        return (weight @ pooled).sigmoid().tolist()
+
+    every = run_all(sharing, scores, items, "report: features")
     best: dict[tuple[int, int], tuple[float, float, Item]] = {}
-    for item in items:
+    for item, own in zip(items, every, strict=True):
         others = [k for k in range(len(weight)) if k not in item.labels]
         if not item.labels or not others:
             continue
-        pooled = fitted.features(item).mean((-2, -1)).to(weight)
-        scores = (weight @ pooled).sigmoid().tolist()
-        present, absent = (max(own, key=lambda k: (scores[k], -k)) for own in (item.labels, others))
-        if scores[absent] > best.get((present, absent), (0.0, -1.0))[1]:
-            best[present, absent] = (scores[present], scores[absent], item)
-    vectors = fitted.prototypes.vectors().to(weight)
-    records = []
-    ranked = sorted(best.items(), key=lambda entry: (-entry[1][1], entry[0]))
-    for (present, absent), (*both, item) in ranked[:count]:
+        present, absent = (max(of, key=lambda k: (own[k], -k)) for of in (item.labels, others))
+        if own[absent] > best.get((present, absent), (0.0, -1.0))[1]:
+            best[present, absent] = (own[present], own[absent], item)
+
+    @torch.inference_mode()
+    def record(found: tuple[tuple[int, int], tuple[float, float, Item]]) -> dict[str, Any]:
+        (present, absent), (*both, item) = found
         picture, rows = item.read(), [present, absent]
         pairs = list(fitted.pairs([item], settings.scales))
         size = picture.shape[0], picture.shape[1]
@@ -308,17 +318,17 @@ def confusion_records(fitted: Fitted, items: Sequence[Item], count: int) -> list
             "CAM": cam_maps(pairs, weight[rows], size, epsilon=settings.cam_epsilon),
             "LPCAM": lpcam_maps(pairs, vectors[rows], size),
         }
-        records.append(
-            {
-                "id": item.id,
-                **thumbnail_record(picture),
-                "present": present,
-                "lookalike": absent,
-                "scores": [round(score, 4) for score in both],
-                "maps": {
-                    name: encode_unit(small_planes(one.cam[0].cpu().numpy()))
-                    for name, one in maps.items()
-                },
-            }
-        )
-    return records
+        return {
+            "id": item.id,
+            **thumbnail_record(picture),
+            "present": present,
+            "lookalike": absent,
+            "scores": [round(score, 4) for score in both],
+            "maps": {
+                name: encode_unit(small_planes(one.cam[0].cpu().numpy()))
+                for name, one in maps.items()
+            },
+        }
+
+    ranked = sorted(best.items(), key=lambda entry: (-entry[1][1], entry[0]))
+    return run_all(sharing, record, ranked[:count], "report: confused classes")

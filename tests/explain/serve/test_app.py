@@ -72,11 +72,13 @@ def test_page_and_its_parts_come_with_closed_headers(client: TestClient) -> None
     assert "://" not in client.get("/page.js").text.replace("http://www.w3.org", "")
 
 
+@pytest.mark.parametrize("quality", ["", "?quality=fast", "?quality=full"])
 def test_maps_are_those_of_python(
-    client: TestClient, explainer: Explainer, photograph: bytes
+    client: TestClient, explainer: Explainer, photograph: bytes, quality: str
 ) -> None:
-    answer = send(client, photograph).json()
-    maps = explainer(read_pixels(photograph), labels=[c["name"] for c in answer["classes"]])
+    answer = send(client, photograph, f"/maps{quality}").json()
+    chosen = explainer if "full" in quality else explainer.fast()
+    maps = chosen(read_pixels(photograph), labels=[c["name"] for c in answer["classes"]])
     scores = [c["score"] for c in answer["classes"]]
     assert scores == sorted(scores, reverse=True)
     assert scores == pytest.approx(maps.scores)
@@ -96,16 +98,18 @@ def read_pixels(data: bytes) -> np.ndarray:
     return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
+@pytest.mark.parametrize("quality", ["fast", "full"])
 @pytest.mark.parametrize("method", ["LPCAM", "CAM"])
 def test_mask_is_that_of_python_at_full_size(
-    client: TestClient, explainer: Explainer, photograph: bytes, method: Any
+    client: TestClient, explainer: Explainer, photograph: bytes, method: Any, quality: str
 ) -> None:
-    path = f"/mask?threshold=0.37&method={method}&classes=2,0"
+    path = f"/mask?threshold=0.37&method={method}&classes=2,0&quality={quality}"
     answer = send(client, photograph, path)
     assert answer.status_code == 200
     saved = Image.open(io.BytesIO(answer.content))
     assert (saved.format, saved.mode) == ("PNG", "P")
-    expected = explainer(read_pixels(photograph), labels=["red", "blue"]).mask(0.37, method=method)
+    chosen = explainer if quality == "full" else explainer.fast()
+    expected = chosen(read_pixels(photograph), labels=["red", "blue"]).mask(0.37, method=method)
     assert set(np.unique(expected)) == {0, 1, 3}
     np.testing.assert_array_equal(np.array(saved), expected)
     nothing = send(client, photograph, "/mask?threshold=0.5&classes=")
@@ -214,6 +218,7 @@ def test_types_that_a_foreign_form_may_send_are_refused(
         ("threshold=0.5&classes=-1", "from 0 to 2"),
         ("threshold=0.5&classes=1,1", "different"),
         ("threshold=0.5&classes=0&method=GradCAM", "method"),
+        ("threshold=0.5&classes=0&quality=best", "fast, full"),
     ],
 )
 def test_masks_that_cannot_be_are_refused(
@@ -248,7 +253,7 @@ def test_uploads_are_processed_one_at_a_time(
     monkeypatch.setattr(server, "_body", counted)
     monkeypatch.setattr(explainer, "highest", slow)
     with TestClient(app, base_url=HOME) as client, ThreadPoolExecutor(2) as pool:
-        answers = [pool.submit(send, client, photograph) for _ in range(2)]
+        answers = [pool.submit(send, client, photograph, "/maps?quality=full") for _ in range(2)]
         assert both_read.wait(30)
         third = send(client, photograph)
         refused(third, 503, "too many photographs are waiting")
@@ -267,7 +272,7 @@ def test_errors_of_the_server_are_not_sent(
     monkeypatch.setattr(explainer, "highest", fail)
     app = server.application(explainer, name="tiny", port=PORT, threads=1)
     with TestClient(app, base_url=HOME, raise_server_exceptions=False) as client:
-        answer = send(client, photograph)
+        answer = send(client, photograph, "/maps?quality=full")
     refused(answer, 500, "failed")
     assert "secret" not in answer.text
 

@@ -124,7 +124,7 @@ def test_slider_classes_and_method_change_the_mask_as_in_python(
     import torch  # noqa: PLC0415
 
     upload(page, photograph)
-    maps = served.explainer.highest(photograph, 3)
+    maps = served.explainer.fast().highest(photograph, 3)
     rows = page.locator("#classes tr")
     assert rows.count() == 3
     assert [row.split("\t")[0] for row in rows.locator("bdi").all_inner_texts()] == list(
@@ -151,7 +151,7 @@ def test_slider_classes_and_method_change_the_mask_as_in_python(
 
 def test_heat_is_drawn_as_in_python(page: Any, served: Served, photograph: Path) -> None:
     upload(page, photograph)
-    maps = served.explainer.highest(photograph, 3)
+    maps = served.explainer.fast().highest(photograph, 3)
     for row, name in enumerate(maps.classes):
         page.locator("#classes th label").nth(row).click()
         assert page.locator(".of").first.text_content() == f"of {name}"
@@ -180,12 +180,45 @@ def test_saved_mask_is_that_of_python(
         page.click("#save")
     assert waiting.value.suggested_filename == "my _b__cow_.7.mask.png"
     waiting.value.save_as(tmp_path / "mask.png")
-    maps = served.explainer.highest(photograph, 3)
+    maps = served.explainer.fast().highest(photograph, 3)
     classes = [maps.classes[0], maps.classes[2]]
     expected = maps.mask(0.37, method=method, classes=classes)
     np.testing.assert_array_equal(read_index_mask(tmp_path / "mask.png"), expected)
     assert len(np.unique(expected)) > 1
     assert "Saved as my _b__cow_.7.mask.png" in page.locator("#status").text_content()
+
+
+def test_full_quality_is_a_key_away_and_counts_for_the_saved_mask(
+    page: Any, served: Served, photograph: Path, tmp_path: Path
+) -> None:
+    upload(page, photograph)
+    assert page.locator("#quality").get_attribute("aria-pressed") == "false"
+    assert "scale 1" in page.locator("#quality-note").text_content()
+    page.locator("#show-1").check()
+    for row in range(3):
+        page.locator("#classes input[type=checkbox]").nth(row).set_checked(row > 0)
+    slide(page, "#threshold", 0.41)
+    for quality, explainer in (("full", served.explainer), ("fast", served.explainer.fast())):
+        page.focus("#quality")
+        page.keyboard.press("Enter")
+        page.wait_for_selector(f"#quality[aria-pressed={str(quality == 'full').lower()}]")
+        assert page.evaluate("document.activeElement.id") == "quality"
+        # what was chosen stays
+        assert page.locator("#show-1").is_checked()
+        boxes = page.locator("#classes input[type=checkbox]")
+        assert [boxes.nth(row).is_checked() for row in range(3)] == [False, True, True]
+        assert page.locator("#threshold").input_value() == "0.41"
+        maps = explainer.highest(photograph, 3)
+        drawn = pixels(page, "#lpcam").astype(int)
+        assert np.abs(drawn - maps.overlay(name=maps.classes[1]).astype(int)).mean() < 4
+        with page.expect_download() as waiting:
+            page.click("#save")
+        waiting.value.save_as(tmp_path / f"{quality}.png")
+        found = read_index_mask(tmp_path / f"{quality}.png")
+        np.testing.assert_array_equal(found, maps.mask(0.41, classes=maps.classes[1:]))
+    assert (tmp_path / "full.png").read_bytes() != (tmp_path / "fast.png").read_bytes()
+    upload(page, photograph)  # another photograph: what was chosen for this one does not stay
+    assert page.locator("#show-0").is_checked()
 
 
 @pytest.mark.parametrize("event", ["drop", "paste"])
@@ -245,7 +278,7 @@ def test_keys_alone(page: Any, photograph: Path) -> None:
         order.append(
             page.evaluate("document.activeElement.id || document.activeElement.type || ''")
         )
-    assert order[:4] == ["threshold", "opacity", "method", "save"]
+    assert order[:5] == ["quality", "threshold", "opacity", "method", "save"]
     page.focus("#threshold")
     before = float(page.locator("#threshold").input_value())
     page.keyboard.press("ArrowRight")

@@ -1,8 +1,7 @@
 (() => {
   const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
   let about = null; // the classifier and the limits of the server
-  let file = null; // the shown photograph
-  let shown = null; // its maps and classes
+  let shown = null; // the shown photograph, its maps and classes
   let heat = null; // colours of the maps
   let turn = 0; // answers of an earlier photograph are dropped
 
@@ -44,6 +43,7 @@
     byId("run").textContent = `of ${about.name}`;
     byId("lede").textContent = `Drop a photograph to see where a classifier of ${about.classes.length} classes `
       + `(${list(about.classes)}) finds them. The photograph stays on this machine and is not stored.`;
+    byId("quality-row").hidden = about.scales.join() === "1" && !about.flip; // both qualities are the same
   };
 
   // -- Maps and masks ------------------------------------------------------------------------------------
@@ -151,20 +151,28 @@
       one.share);
   };
 
-  const show = async (answer, name) => {
+  // Of the photograph that is shown already, the chosen classes and the threshold stay.
+  const show = async (answer, photograph, name, quality) => {
+    const before = shown?.photograph === photograph ? shown.classes : [];
     const picture = byId("picture");
     picture.src = answer.picture;
     picture.alt = `The photograph ${name}`;
     await picture.decode();
     const [, height, width] = answer.planes.CAM.shape;
     shown = {
+      photograph,
       name,
+      quality,
       base: background(picture, width, height),
       planes: { CAM: await planesOf(answer.planes.CAM), LPCAM: await planesOf(answer.planes.LPCAM) },
       classes: answer.classes,
       thresholds: answer.threshold,
     };
     byId("classes").replaceChildren(...answer.classes.map((one, k) => row(one, k, k === 0)));
+    before.forEach(({ index, radio, box }) => {
+      const one = answer.classes.find((other) => other.index === index);
+      if (one) [one.radio.checked, one.box.checked] = [radio.checked, box.checked];
+    });
     const predicted = answer.classes.filter((one) => one.predicted).map((one) => one.name);
     byId("classes-note").textContent = [
       predicted.length
@@ -174,17 +182,23 @@
         ? [`The ${answer.classes.length} classes with the highest scores of ${about.classes.length} are listed.`] : []),
       ...answer.notes.map((note) => `${note}.`),
     ].join(" ");
-    byId("threshold").value = answer.threshold[byId("method").value];
+    if (!before.length) byId("threshold").value = answer.threshold[byId("method").value];
+    const full = quality === "full";
+    byId("quality").setAttribute("aria-pressed", String(full));
+    byId("quality-note").textContent = full
+      ? `Maps of ${about.scales.length > 1 ? "scales" : "scale"} ${about.scales.join(", ")}${about.flip ? " and the mirror image" : ""}.`
+      : "Fast maps: scale 1, no mirror image.";
     byId("viewer").hidden = false;
     byId("viewer").classList.remove("stale");
     byId("drop").classList.add("small");
     byId("choose").textContent = "Choose another";
     drawMaps();
     draw();
-    say(`${name}, ${answer.width} × ${answer.height} pixels: ${predicted.length ? list(predicted) : "no class predicted"}.`);
+    say(`${name}, ${answer.width} × ${answer.height} pixels: ${predicted.length ? list(predicted) : "no class predicted"}.`
+      + (full ? " Full quality." : ""));
   };
 
-  const take = async (photograph) => {
+  const take = async (photograph, quality = shown?.quality ?? "fast") => {
     turn += 1;
     const mine = turn;
     complain("");
@@ -194,14 +208,13 @@
       complain(`${name} is larger than ${Math.round(about.maximum_bytes / 2 ** 20)} MB; choose a smaller file.`);
       return;
     }
-    say(`Processing ${name} …`);
+    say(`Processing ${name}${quality === "full" ? " in full quality" : ""} …`);
     byId("viewer").classList.add("stale");
     try {
       await learn();
-      const answer = await (await upload("maps", photograph)).json();
+      const answer = await (await upload(`maps?quality=${quality}`, photograph)).json();
       if (mine !== turn) return;
-      file = photograph;
-      await show(answer, name);
+      await show(answer, photograph, name, quality);
     } catch (error) {
       if (mine !== turn) return;
       say("");
@@ -212,10 +225,11 @@
 
   const save = async () => {
     const button = byId("save");
-    const photograph = file;
+    const { photograph } = shown;
     const query = new URLSearchParams({
       threshold: byId("threshold").value,
       method: byId("method").value,
+      quality: shown.quality,
       classes: inside().map((k) => shown.classes[k].index).join(","),
     });
     const name = `${shown.name.replace(/\.[^.]*$/, "").replace(/[^\p{L}\p{N} ._-]/gu, "_") || "photograph"}.mask.png`;
@@ -265,6 +279,7 @@
     if (shown) byId("threshold").value = shown.thresholds[byId("method").value];
     draw();
   });
+  byId("quality").addEventListener("click", () => take(shown.photograph, shown.quality === "full" ? "fast" : "full"));
   byId("save").addEventListener("click", save);
 
   learn().catch((error) => complain(error.message));

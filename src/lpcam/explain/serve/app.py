@@ -102,31 +102,43 @@ def application(
     from starlette.routing import Route  # noqa: PLC0415
 
     queue = _Queue(threads or available_threads())
+    explainers = {"fast": explainer.fast(), "full": explainer}
     about = {
         "name": name,
         "classes": list(explainer.classes),
         "minimum_score": MINIMUM_SCORE,
         "maximum_bytes": MAXIMUM_BYTES,
+        "scales": list(explainer.settings.scales),
+        "flip": explainer.settings.flip,
         "heat": HEAT.astype(int).tolist(),
     }
 
     def static(content: str, kind: str) -> Callable[[Request], Response]:
         return lambda _request: Response(content, media_type=kind)
 
+    def asked(request: Request) -> Explainer:
+        quality = request.query_params.get("quality", "fast")
+        if quality not in explainers:
+            raise RefusedError(422, f"quality must be one of {', '.join(explainers)}")
+        return explainers[quality]
+
     async def maps(request: Request) -> Response:
+        chosen = asked(request)
+
         def work(data: bytes) -> bytes:
             count = len(explainer.classes)
             count = count if count <= MOST_CLASSES else MOST_CLASSES // 2
-            found = explainer.highest(_decoded(data, explainer.reading), count)
+            found = chosen.highest(_decoded(data, explainer.reading), count)
             return bytes(JSONResponse(answer_of(found, explainer)).body)
 
         return Response(await queue.work(request, work), media_type="application/json")
 
     async def mask(request: Request) -> Response:
         labels, threshold, method = _mask_request(request.query_params, explainer)
+        chosen = asked(request)
 
         def work(data: bytes) -> bytes:
-            found = explainer(_decoded(data, explainer.reading), labels=labels)
+            found = chosen(_decoded(data, explainer.reading), labels=labels)
             return png_bytes(found.mask(threshold, method=method), voc_palette().tobytes())
 
         return Response(await queue.work(request, work), media_type="image/png")

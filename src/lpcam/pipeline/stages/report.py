@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Item
 from lpcam.method.early import EarlyPrototypes
 from lpcam.pipeline.cache import Record, Result, Task
@@ -61,6 +62,7 @@ def _page(context: Context) -> str:
         shown["curves"] = metrics["curves"]
     use: Record = read_json(folder.use) if folder.use.is_file() else {}
     folders = {method: folder / RESULTS[method] for method in context.methods}
+    plain = _plain(context)
     inputs = Inputs(
         dataset_name(context),
         scored or _without_masks([item for item in context.items("maps") if item.labels]),
@@ -69,9 +71,10 @@ def _page(context: Context) -> str:
             context.classifier,
             load_prototypes(context),
             context.store(context.classifier).pairs,
+            plain.pairs,
             context.lpcam,
             folders["CAM"],
-            _early(context),
+            _early(context, plain),
         ),
         recipe.report,
         context.sharing,
@@ -96,7 +99,27 @@ def _page(context: Context) -> str:
     return render(collect(inputs))
 
 
-def _early(context: Context) -> Early | None:
+def _plain(context: Context) -> FeatureStore:
+    """The run's features, or if it has none at hand a store without mirror images, twice as fast.
+
+    The report reads mirror images of the few confused images alone.
+    """
+    store, section = context.store(context.classifier), context.recipe.maps
+    if store.used:
+        return store
+    return FeatureStore(
+        context.classifier,
+        flip=False,
+        maximum_side=section.maximum_side,
+        dtype=section.features,
+        precision=section.precision,
+        budget=store.budget,
+        keep=store.keep,
+        early=context.early_layers,
+    )
+
+
+def _early(context: Context, store: FeatureStore) -> Early | None:
     """Prototypes of early layers, if the maps LPCAM-E use them."""
     if "early" not in context.results:
         return None
@@ -104,8 +127,8 @@ def _early(context: Context) -> Early | None:
     found = EarlyPrototypes.load(context.folder.early, fingerprint=fingerprint)
     if found.fusion == "none":
         return None
-    maps, features = context.folder / RESULTS["LPCAM-E"], context.store(context.classifier).early
-    return Early(found, features, maps, context.own_threshold("LPCAM-E"))
+    maps = context.folder / RESULTS["LPCAM-E"]
+    return Early(found, store.early, maps, context.own_threshold("LPCAM-E"))
 
 
 def _networks(context: Context, metrics: Record) -> list[Record]:
