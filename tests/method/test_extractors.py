@@ -24,6 +24,7 @@ from lpcam.classifiers.features import FeaturePair, tensor_pyramid
 from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
+from lpcam.method.choices import format_choices
 from lpcam.method.early import EarlyImage, EarlyPrototypes, fit_early
 from lpcam.method.functional import class_activation, normalize
 from lpcam.method.head import LPCAMHead
@@ -227,6 +228,40 @@ def test_fit_starts_anew(classifier: Classifier) -> None:
     expected = LPCAM(classifier, SETTINGS).fit([second, third]).prototypes_
     assert lpcam.prototypes_.made_by == expected.made_by
     assert torch.equal(lpcam.prototypes_.vectors(), expected.vectors())
+
+
+def test_maps_follow_corrected_prototypes(
+    classifier: Classifier, batch: tuple[Tensor, Tensor], tmp_path: Path
+) -> None:
+    images, labels = batch
+    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
+    plain = lpcam(images, labels)
+    red = torch.nonzero(lpcam.prototypes_.foreground.sizes[0]).flatten().tolist()
+    lpcam.prototypes_.keep("red", red).drop("red", red[:1]).name("red", red[1:], "lid")
+    kept = lpcam.prototypes_.foreground.centers[0, red[1]]
+    assert torch.equal(lpcam.prototypes_.foreground.prototypes(0), kept[None])
+    changed = lpcam(images, labels)
+    assert not torch.equal(changed[:, 0], plain[:, 0])
+    assert torch.equal(changed[:, 1], plain[:, 1])
+    maps = lpcam.image_maps(images[0], np.zeros((64, 96, 3), np.uint8), ["red"])
+    assert maps.parts["red"][0] == ("lid",)
+    vectors = lpcam.prototypes_.vectors()
+    assert torch.equal(LPCAMHead.from_lpcam(lpcam).vectors, vectors)
+    assert torch.equal(Explainer(lpcam).vectors, vectors)
+    lpcam.save(tmp_path / "p", reservoir=True)
+    again = LPCAM(classifier, SETTINGS).load(tmp_path / "p")
+    assert torch.equal(again(images, labels), changed)
+    assert again.prototypes_.names == {"red": {red[1]: "lid"}}
+    for one in (lpcam, again):
+        with pytest.raises(PrototypeError, match="choices"):
+            one.partial_fit(*batch)
+    with pytest.raises(PrototypeError, match="red"):
+        lpcam.prototypes_.move("red", red[1:])
+    assert torch.equal(lpcam(images, labels), changed)
+    path = tmp_path / "prototypes.yaml"
+    path.write_text(format_choices(lpcam.prototypes_.choices, lpcam.prototypes_.digest))
+    settings = SETTINGS.model_copy(update={"choices": path})
+    assert torch.equal(LPCAM(classifier, settings).fit([batch])(images, labels), changed)
 
 
 @pytest.mark.parametrize("max_features", [None, 20])

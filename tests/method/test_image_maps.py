@@ -204,3 +204,38 @@ def test_plot_has_a_row_for_each_class(maps: ImageMaps, monkeypatch: pytest.Monk
         figure.axes[6].images[0].get_array(), overlay(maps.image, maps.lpcam[1])
     )
     plt.close(figure)
+
+
+def test_named_parts_share_the_map_of_a_class(tmp_path: Path) -> None:
+    """Features are the head's on the left, the leg's in the middle and the sky's on the right."""
+    head, leg, sky = torch.eye(3)
+    columns = torch.stack([head, head, leg, sky], dim=1)  # (C, 4)
+    pairs = [FeaturePair(columns[:, None].repeat(1, 2, 1), None)] * 2
+    vectors = torch.stack([(head + leg) / 2, sky])
+    parts = {0: {"head": head[None], "leg": torch.stack([leg, -sky])}}
+    made = ImageMaps.of_features(
+        pairs,
+        (32, 64),
+        [1, 0],
+        torch.eye(2, 3),
+        vectors,
+        ("cow", "sky"),
+        np.array([0.9, 0.2]),
+        LpcamSettings.from_preset("voc12.official"),
+        parts=parts,
+        image=np.zeros((64, 128, 3), np.uint8),
+        threshold=0.5,
+    )
+    # the map is 1 in the first 40 columns, and falls to the threshold in the next 8
+    assert made.shares("cow") == pytest.approx({"head": 32 / 46, "leg": 14 / 46}, abs=0.01)
+    assert made.shares("sky") == {}
+    assert made.part_mask("cow").tolist() == [[1] * 64 + [2] * 32 + [0] * 32] * 64
+    found = made.save(tmp_path)
+    first, second = found["classes"]
+    assert "parts" not in first
+    assert second["parts"] == pytest.approx(made.shares("cow"), abs=1e-4)
+    mask = read_index_mask(tmp_path / second["files"]["part_mask"])
+    assert np.array_equal(mask, made.part_mask("cow"))
+    nowhere = replace(made, threshold=1.0)
+    assert nowhere.shares("cow") == {}
+    assert not nowhere.part_mask("cow").any()

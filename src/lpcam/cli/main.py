@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lpcam.cli import data, explain, export, run  # noqa: F401 - they declare the commands
+from lpcam.cli import data, explain, export, prototypes, run  # noqa: F401 - they declare the commands
 from lpcam.cli.command import COMMANDS, GROUPS, PARENTS, Command, Invocation, parse_changes
 from lpcam.runtime.errors import LpcamError
 from lpcam.runtime.versions import __version__
@@ -81,7 +81,7 @@ class _Parser(argparse.ArgumentParser):
         lines = [self.format_usage(), DESCRIPTION, ""]
         for group in GROUPS:
             lines.append(f"{group}:")
-            lines += [f"  {name:<10}{text}" for own, name, text in shown if own == group]
+            lines += [f"  {name:<12}{text}" for own, name, text in shown if own == group]
             lines.append("")
         lines.append("lpcam COMMAND --help shows the arguments of a command.")
         return "\n".join(lines) + "\n"

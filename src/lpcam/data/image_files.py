@@ -6,13 +6,17 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from lpcam.data.dataset import Skip
+from lpcam.data.dataset import Dataset, Item, Skip, check_unique, safe_id
 from lpcam.data.images import IMAGE_SUFFIXES, is_image
 from lpcam.data.marks import FOREIGN_FILES
-from lpcam.runtime.errors import shortened
+from lpcam.runtime.errors import DataError, shortened
+
+NEGATIVES = "negatives"
+"""Name of the list of images that show none of the classes, and the beginning of their ids."""
 
 _UNREAD: dict[str, str] = {
     ending: how for endings, how in FOREIGN_FILES["unread"].items() for ending in endings.split()
@@ -70,6 +74,39 @@ def list_images(
     )
     told = tuple(f"{what}: {count} ({some})" for what, count, some in notices if count)
     return FolderFiles(tuple(images), tuple(unread), told)
+
+
+def with_negatives(dataset: Dataset, folder: Path) -> Dataset:
+    """A copy of a data set with images of a folder that show none of the classes.
+
+    Their ids begin with ``negatives/`` and make the list `NEGATIVES`. DataError if the folder has
+    no image, or one that the data set labels, or if the data set has that list or these ids.
+    """
+    if not folder.is_dir():
+        raise DataError(
+            f"there is no folder of negatives {folder}; give a folder of images without any of the "
+            "classes, or leave data.negatives out"
+        )
+    found = list_images(folder)
+    if not found.images:
+        raise DataError(f"there is no image below {folder} (data.negatives); add some")
+    items = {
+        name: Item(name, path, (), file_name=own, reading=dataset.reading)
+        for own, path in found.images
+        for name in [f"{NEGATIVES}/{safe_id(own)}"]
+    }
+    check_unique([*dataset.items, *items], "the data set with its negatives")
+    check_unique([*dataset.lists, NEGATIVES], "the lists of the data set with its negatives")
+    labelled = {item.image.resolve() for item in dataset.items.values() if item.labels}
+    for path in (path for _, path in found.images if path.resolve() in labelled):
+        raise DataError(f"{path} is labelled, but data.negatives has it too; move it out of there")
+    return replace(
+        dataset,
+        items={**dataset.items, **items},
+        lists={**dataset.lists, NEGATIVES: tuple(items)},
+        skipped=(*dataset.skipped, *found.unread),
+        notices=(*dataset.notices, *(f"negatives: {one}" for one in found.notices)),
+    )
 
 
 def unnamed(named: Iterable[Path], by: str) -> tuple[str, ...]:

@@ -31,8 +31,9 @@ def label_findings(
         yield Finding(
             "no negatives",
             f"{where}there are no negatives, so that the loss becomes 0, the mAP 1, and seeds "
-            "cover whole images (add images that show none of the classes: an empty cell in "
-            "labels.csv, or a folder given as --no-class); classes that every image shows",
+            "cover whole images (add images that show none of the classes: a folder given as "
+            "data.negatives or --no-class, or an empty cell in labels.csv); classes that every "
+            "image shows",
             tuple(everywhere),
         )
     lack = {name: len(items) - len(rows) for rows, names in sets.items() for name in names}

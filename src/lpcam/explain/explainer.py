@@ -152,6 +152,7 @@ class Explainer:
         self.precision = PRECISIONS[precision]
         vectors = prototypes.vectors(with_context=not foreground_only)
         self.vectors = vectors.to(single(source.weight))
+        self.parts = prototypes.parts()
         self.made_by = {
             "fingerprint": prototypes.fingerprint,
             **_described(self.settings),
@@ -288,6 +289,7 @@ class Explainer:
             self.mask_ids,
             self.early,
             early,
+            self.parts,
             image=image,
             threshold=settings.threshold if threshold is None else threshold,
             name=own_name if name is None else name,

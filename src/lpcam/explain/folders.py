@@ -26,10 +26,16 @@ INDEX = "explained.json"
 def _describe(found: Mapping[str, Any]) -> str:
     """The findings of one image in words."""
     classes = ", ".join(
-        f"{c['name']} {c['score']:.2f} ({100 * c['area']:.0f} % of the image)"
+        f"{c['name']} {c['score']:.2f} ({100 * c['area']:.0f} % of the image{_parts(c)})"
         for c in found["classes"]
     )
     return "; ".join([*filter(None, [classes]), *found["notes"]])
+
+
+def _parts(found: Mapping[str, Any]) -> str:
+    """The named parts that carried the map of a class, in words."""
+    shares = sorted(found.get("parts", {}).items(), key=lambda one: -one[1])
+    return ": " * bool(shares) + ", ".join(f"{100 * share:.0f} % {part}" for part, share in shares)
 
 
 _EXPLAINED = OutputKind(
@@ -39,6 +45,7 @@ _EXPLAINED = OutputKind(
         re.compile(r"found/(?P<name>.+)\.json"),
         re.compile(r"masks/(?P<name>.+)\.png"),
         re.compile(r"overlays/(?P<name>.+)\.mask\.png"),
+        re.compile(r"parts/(?P<name>.+)\.[^./]+\.png"),
         re.compile(r"(heatmaps|overlays)/(?P<name>.+)\.[^./]+\.l?p?cam\.png"),
     ),
     describe=_describe,

@@ -322,20 +322,13 @@ class LPCAM(CAM):
         if self._prototypes is None:
             assert self._reservoir is not None
             settings, seed = self.settings_, self._reservoir.seed
+            given = self._reservoir, single(source.weight), source.classes, settings
+            kept = settings.model_dump(mode="json", exclude={"choices"})
+            made_by = {"settings": kept, "random_state": seed, "images": self._images}
+            own: dict[str, Any] = {"fingerprint": self._fingerprint, "made_by": made_by}
             with full_precision(source.device):
-                self._prototypes = make_prototypes(
-                    self._reservoir,
-                    single(source.weight),
-                    source.classes,
-                    settings,
-                    seed=seed,
-                    fingerprint=self._fingerprint,
-                    made_by={
-                        "settings": settings.model_dump(mode="json"),
-                        "random_state": seed,
-                        "images": self._images,
-                    },
-                )
+                made = make_prototypes(*given, seed=seed, **own)
+            self._prototypes = made.chosen(settings.choices, settings.weights)
         return self._prototypes
 
     def fit(self, loader: Batches) -> Self:
@@ -445,6 +438,11 @@ class LPCAM(CAM):
             self._reservoir = Reservoir(
                 settings.max_features, drawn_seed(self.random_state), self.dtype
             )
+        if self._prototypes is not None and self._prototypes.choices:
+            raise PrototypeError(
+                "more features are clustered anew, so the choices about these prototypes would be "
+                "lost; fit all features first, then correct the prototypes"
+            )
         self._check_weights()
         if not self._loaded:
             return
@@ -533,6 +531,7 @@ class LPCAM(CAM):
                 settings,
                 early=self.early_,
                 layers=[image_of(pair) for pair in early],
+                parts=self.prototypes_.parts(),
                 image=picture,
                 name=name,
                 made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},

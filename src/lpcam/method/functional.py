@@ -130,8 +130,10 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
     return normalised
 
 
-def unit_mean(prototypes: Tensor) -> Tensor:
+def unit_mean(prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean (C,) of the unit-normalised prototypes (K, C), K >= 1; *not* normalised again.
+
+    With positive ``weights`` (K,), of any sum, it is the weighted mean.
 
     Equation 5 needs this one vector only: mean_i cos(f, F_i) = f/|f| . mean_i F_i/|F_i|.
     Normalising the mean of the raw centres would give a different, wrong map.
@@ -142,11 +144,16 @@ def unit_mean(prototypes: Tensor) -> Tensor:
     """
     if prototypes.ndim != 2 or not len(prototypes):
         raise ValueError(f"expected prototypes (K, C) with K >= 1, got {tuple(prototypes.shape)}")
-    return unit(prototypes, dim=1).mean(0)
+    rows = unit(prototypes, dim=1)
+    return rows.mean(0) if weights is None else weights / weights.sum() @ rows
 
 
-def foreground_minus_context(foreground: Tensor, context: Tensor | None) -> Tensor:
-    """Equation 6 before its ReLU, as one vector v_n (C,) of a class.
+def foreground_minus_context(
+    foreground: Tensor,
+    context: Tensor | None,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """Equation 6 before its ReLU, as one vector v_n (C,) of a class; ``weights`` of each side.
 
     A_n = FG_n - BG_n is linear in f/|f|, so it is the map of the vector
     v_n = unit_mean(F') - unit_mean(B'). :func:`cosine_activation` maps it. Nothing is subtracted
@@ -156,8 +163,10 @@ def foreground_minus_context(foreground: Tensor, context: Tensor | None) -> Tens
         >>> foreground_minus_context(torch.eye(2)[:1], torch.eye(2)[1:]).tolist()
         [1.0, -1.0]
     """
-    vector = unit_mean(foreground)
-    return vector if context is None or not len(context) else vector - unit_mean(context)
+    vector = unit_mean(foreground, weights[0])
+    if context is None or not len(context):
+        return vector
+    return vector - unit_mean(context, weights[1])
 
 
 def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None = None) -> Tensor:

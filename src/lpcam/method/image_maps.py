@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -19,8 +19,9 @@ from lpcam.classifiers.features import FeaturePair
 from lpcam.data.drawing import CELL, SheetRow, overlay, overlay_mask, sheet
 from lpcam.data.images import png_bytes, resize_image
 from lpcam.data.masks import write_mask
-from lpcam.data.resize import scaled_size
+from lpcam.data.resize import resize, scaled_size
 from lpcam.method.early import EarlyPrototypes
+from lpcam.method.functional import GRID, cosine_activation, strided
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import DataError, import_extra
@@ -70,6 +71,8 @@ class ImageMaps:
     notes: tuple[str, ...] = ()  #: Remarks for the reader, such as classes without prototypes.
     name: str = "image"
     made_by: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, tuple[tuple[str, ...], NDArray[np.uint8]]] = field(default_factory=dict)
+    """For each class whose prototypes have names, these and which is nearest where, (h, w)."""
 
     @classmethod
     def of_features(
@@ -85,9 +88,13 @@ class ImageMaps:
         mask_ids: Sequence[int] | None = None,
         early: EarlyPrototypes | None = None,
         layers: Sequence[FeaturePair] = (),
+        parts: Mapping[int, Mapping[str, Tensor]] | None = None,
         **values: Any,
     ) -> Self:
-        """The maps of the ``chosen`` of all classes from features of one image of a size (h, w)."""
+        """The maps of the ``chosen`` of all classes from features of one image of a size (h, w).
+
+        ``parts`` are the :meth:`Prototypes.parts` of the classes that have some.
+        """
         # NumPy arrays, because inference tensors cannot be used everywhere.
         cam, lpcam = (np.zeros((len(chosen), *size), np.float32) for _ in METHOD_NAMES)
         for start in range(0, len(chosen), CLASSES_TOGETHER):
@@ -109,6 +116,11 @@ class ImageMaps:
             lpcam=lpcam,
             ranking=tuple((names[n], float(scores[n])) for n in descending(scores)),
             notes=tuple(f"{name} has no prototypes, so its LPCAM is empty" for name in empty),
+            parts={
+                names[n]: (tuple(own), _nearest(pairs, own, size))
+                for n, own in (parts or {}).items()
+                if n in chosen
+            },
             **{"threshold": settings.threshold, "cam_threshold": settings.cam_threshold, **values},
         )
 
@@ -151,6 +163,25 @@ class ImageMaps:
             np.maximum(best, plane, out=best)
         return mask
 
+    def shares(self, name: str) -> dict[str, float]:
+        """Share of each named part in the LPCAM map of a class above the threshold, the sum is 1.
+
+        It is empty for a class without named prototypes, or whose map is nowhere above it.
+        """
+        names, nearest = self.parts.get(name, ((), None))
+        plane = self.lpcam[self._place(name)]
+        plane = np.where(plane > self.threshold, plane, 0)
+        whole = float(plane.sum())
+        found = {part: float(plane[nearest == k].sum()) for k, part in enumerate(names) if whole}
+        return {part: value / whole for part, value in found.items()}
+
+    def part_mask(self, name: str) -> NDArray[np.uint8]:
+        """Parts in the mask of a class, uint8 (H, W): 1, 2, ... in the order of its names."""
+        _, nearest = self.parts[name]
+        width_height = self.size[::-1]
+        placed = Image.fromarray(nearest + 1).resize(width_height, Image.Resampling.NEAREST)
+        return np.where(self.mask() == self.mask_ids[self._place(name)], np.array(placed), 0)
+
     def found(self) -> dict[str, Any]:
         """Classes, scores, areas and boxes of the LPCAM mask, and provenance, as JSON.
 
@@ -162,6 +193,8 @@ class ImageMaps:
             box = Image.fromarray(mask == value).getbbox()
             found = {"name": name, "score": round(score, 6), "mask_value": value}
             found["area"] = round(float((mask == value).mean()), 6)
+            if shares := self.shares(name):
+                found["parts"] = {part: round(share, 4) for part, share in shares.items()}
             classes.append({**found, "box": box and list(box)})
         return {
             "format": 1,
@@ -224,7 +257,8 @@ class ImageMaps:
 
         ``masks/NAME.png`` has the VOC palette. ``heatmaps/NAME.CLASS.cam.png`` and ``.lpcam.png``
         are 8-bit grey, round(255 * map). ``overlays/`` has the maps and ``NAME.mask.png`` over the
-        image, at the size at which it was mapped. ``found/NAME.json`` names these files.
+        image, at the size at which it was mapped. ``parts/NAME.CLASS.png`` has the values of
+        :meth:`part_mask` where prototypes have names. ``found/NAME.json`` names these files.
         """
         folder, name, mask, found = Path(folder), self.name, self.mask(), self.found()
         size = self.cam.shape[1:]
@@ -242,6 +276,9 @@ class ImageMaps:
                 for kind, values in (("heatmap", heat), ("overlay", drawn)):
                     own[f"{method.lower()}_{kind}"] = f"{kind}s/{end}"
                     write_bytes(folder / f"{kind}s/{end}", png_bytes(values))
+            if self.classes[place] in self.parts:
+                own["part_mask"] = f"parts/{name}.{part}.png"
+                write_mask(folder / own["part_mask"], self.part_mask(self.classes[place]))
         found["files"] = files
         write_json(folder / "found" / f"{name}.json", found)  # last: the others are complete
         return found
@@ -269,6 +306,21 @@ class ImageMaps:
                 f"{self.name!r} has no map of {name!r}; it has maps of {', '.join(self.classes)}"
             )
         return self.classes.index(name)
+
+
+def _nearest(
+    pairs: Sequence[FeaturePair], parts: Mapping[str, Tensor], size: tuple[int, int]
+) -> NDArray[np.uint8]:
+    """The number of the part whose best cosine, summed over scales, is the largest, (h, w)."""
+    rows, counts = torch.cat(list(parts.values())), [len(one) for one in parts.values()]
+    height, width = (strided(side, GRID) * GRID for side in size)  # as fuse_scales
+    total = torch.zeros(len(counts), height, width)
+    for pair in pairs:
+        cosines = cosine_activation(pair.features, rows.to(pair.features), pair.mirrored)
+        best = [one.amax(-3) for one in torch.split(cosines, counts, dim=-3)]
+        planes = torch.cat(best).reshape(len(best), *best[0].shape[-2:])
+        total += resize(planes, (height, width)).cpu()
+    return np.asarray(total[:, : size[0], : size[1]].argmax(0).byte())
 
 
 def _mask_ids(count: int, chosen: Sequence[int], given: Sequence[int] | None) -> tuple[int, ...]:

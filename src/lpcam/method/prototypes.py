@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from lpcam.classifiers.features import Source
+from lpcam.method.choices import Choice, read_choices, settled
 from lpcam.method.clustering import CLUSTERINGS, Clusters
 from lpcam.method.functional import (
     foreground_minus_context,
     score,
     select_context,
     select_foreground,
+    unit,
     zeros_on_demand,
 )
 from lpcam.method.reservoir import SIDES, Reservoir, SideName
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ArtefactError, PrototypeError, shortened
-from lpcam.runtime.files import read_tensors, write_tensors
+from lpcam.runtime.files import digest_tensors, read_tensors, write_tensors
 from lpcam.runtime.parallel import one_thread, ordered_map
 
 logger = logging.getLogger(__name__)
 PARTS = ("centers", "scores", "sizes", "keep")
 """Fields of :class:`Centers`, which are tensors in a file of prototypes."""
+Weights = Literal["equal", "size", "score"]
+"""How the prototypes of a class and side are weighted in its vector: all alike, by their number of
+local features, or by how sure the classifier is: z of foreground prototypes, 1 - z of context."""
+UNNAMED = "other"  #: Part of the prototypes without a name, in a class that has names.
 MEMBERS = 25  #: Features of a cluster, in the mean, where their number is automatic.
 FEWEST_CLUSTERS = 4  #: Smallest automatic number of clusters.
 MOST_TOLD = 5  #: Events that are logged; all are in :attr:`Prototypes.events`.
@@ -42,6 +49,8 @@ class Centers:
     scores: Tensor  #: (N, K), z of equations 3 and 4, in [0, 1]
     sizes: Tensor  #: (N, K) int64, local features in the cluster
     keep: Tensor  #: (N, K) bool, True for prototypes
+    fire: Tensor | None = None
+    """(N, K), fire rates in [0, 1] (:mod:`lpcam.method.negatives`); None: not measured."""
 
     @classmethod
     def empty(cls, classes: int, clusters: int, channels: int) -> Centers:
@@ -59,16 +68,29 @@ class Centers:
         whole = Centers.empty(classes, *self.centers.shape[1:])
         for part in PARTS:
             getattr(whole, part)[list(fitted)] = getattr(self, part)
-        return whole
+        if self.fire is None:
+            return whole
+        rates = torch.full_like(whole.scores, float("nan"))
+        rates[list(fitted)] = self.fire
+        return replace(whole, fire=rates)
+
+    def fire_text(self, index: int, number: int) -> str:
+        """The fire rate of a centre in words; empty if none was measured."""
+        rate = float("nan") if self.fire is None else float(self.fire[index, number])
+        return "" if math.isnan(rate) else f"fire rate {rate:.2f}"
 
     def prototypes(self, index: int) -> Tensor:
         """Selected centres (K', C) of a class; K' may be 0."""
         return self.centers[index][self.keep[index]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prototypes:
-    """Class and context prototypes of every class."""
+    """Class and context prototypes of every class.
+
+    A person's corrections (:meth:`drop`, :meth:`move`, :meth:`keep`, :meth:`name`) change them in
+    place, so that the LPCAM that holds them follows; :meth:`with_choices` makes other prototypes.
+    """
 
     classes: tuple[str, ...]
     foreground: Centers
@@ -77,6 +99,8 @@ class Prototypes:
     made_by: dict[str, Any]  #: Settings and seeds, as plain values.
     events: tuple[str, ...] = ()
     """A sentence for each class where the ordinary rule of selection could not be followed."""
+    choices: tuple[Choice, ...] = ()  #: Choices that were applied, one for each centre.
+    weights: Weights = "equal"  #: How :meth:`vectors` weights them, before weights in choices.
 
     def vectors(
         self, *, with_context: bool = True, classes: Collection[int] | None = None
@@ -89,19 +113,158 @@ class Prototypes:
         vectors = zeros_on_demand(len(centers), centers.shape[2], like=centers)
         fitted = torch.nonzero(self.foreground.keep.any(1)).flatten().tolist()
         for index in fitted if classes is None else set(fitted).intersection(classes):
-            context = self.context.prototypes(index) if with_context else None
-            vectors[index] = foreground_minus_context(self.foreground.prototypes(index), context)
+            (foreground, wf), (context, wb) = (self._rows(index, side) for side in SIDES)
+            given = context if with_context else None
+            vectors[index] = foreground_minus_context(foreground, given, (wf, wb))
         return vectors
+
+    def members(self, index: int, side: SideName) -> list[tuple[SideName, int]]:
+        """Prototypes that count on a side of a class: the side they were fitted on, their number.
+
+        Those of the context end with the foreground centres that a choice moved there.
+        """
+        kept = torch.nonzero(getattr(self, side).keep[index]).flatten().tolist()
+        name, moved = self.classes[index], self.choices if side == "context" else ()
+        return [(side, number) for number in kept] + [
+            (one.side, one.index)
+            for one in moved
+            if one.action == "context" and one.class_name == name
+        ]
+
+    def _rows(self, index: int, side: SideName) -> tuple[Tensor, Tensor | None]:
+        """The prototypes (K', C) of a side of a class and their weights (K',); None: all alike."""
+        members = self.members(index, side)
+        given = {one.place: one.weight for one in self.choices if one.weight is not None}
+        rows = [getattr(self, own).centers[index, number] for own, number in members]
+        centers = torch.stack(rows) if rows else self.foreground.centers[index, :0]
+        if self.weights == "equal" and not given:
+            return centers, None
+        weights = centers.new_ones(len(members))
+        for place, (own, number) in enumerate(members):
+            z = getattr(self, own).scores[index, number]
+            if self.weights == "size":
+                weights[place] = getattr(self, own).sizes[index, number]
+            elif self.weights == "score":
+                weights[place] = z if own == "foreground" else 1 - z
+            weights[place] *= given.get((self.classes[index], own, number), 1.0)
+        return centers, weights
+
+    def with_choices(self, choices: Iterable[Choice]) -> Prototypes:
+        """Prototypes with more choices than these, which stay as they are.
+
+        Dropped ones lose ``keep``; so do moved ones, which count in the context of their class.
+        ``keep`` makes a prototype of any centre. Choices are settled as :func:`settled` says.
+
+        Raises PrototypeError if there is no such class or centre, if a context centre is moved, and
+        if a class that has foreground prototypes would lose the last one.
+        """
+        every = settled([*self.choices, *choices])
+        keep = {side: getattr(self, side).keep.clone() for side in SIDES}
+        for one in every:
+            known = one.class_name in self.classes
+            row = self.classes.index(one.class_name) if known else 0
+            sizes = getattr(self, one.side).sizes[row].tolist() if known else []
+            if one.index >= len(sizes) or not sizes[one.index]:
+                raise PrototypeError(
+                    f"there is no {one.side} prototype {one.index} of {one.class_name!r}; 'lpcam "
+                    "prototypes RUN' lists them"
+                )
+            if one.action == "context" and one.side == "context":
+                raise PrototypeError(
+                    f"prototype {one.index} of {one.class_name} is a context prototype already, so "
+                    "it cannot be moved; keep or drop it"
+                )
+            if one.action is not None:
+                keep[one.side][row, one.index] = one.action == "keep"
+        lost = self.foreground.keep.any(1) & ~keep["foreground"].any(1)
+        if lost.any():
+            names = [name for name, gone in zip(self.classes, lost.tolist(), strict=True) if gone]
+            raise PrototypeError(
+                f"no foreground prototype of {shortened(names)} would be left, so there would be "
+                "no map of it; keep one of them, or take the class out of the labels"
+            )
+        sides = {side: replace(getattr(self, side), keep=keep[side]) for side in SIDES}
+        return replace(self, **sides, choices=every)
+
+    def drop(self, class_name: str, numbers: Sequence[int], side: SideName = "foreground") -> Self:
+        """Leave prototypes of a class out, in place; raises as :meth:`with_choices`."""
+        return self._choose(class_name, numbers, side, action="drop")
+
+    def move(self, class_name: str, numbers: Sequence[int]) -> Self:
+        """Count foreground prototypes of a class as its context, in place; raises as above."""
+        return self._choose(class_name, numbers, "foreground", action="context")
+
+    def keep(self, class_name: str, numbers: Sequence[int], side: SideName = "foreground") -> Self:
+        """Use centres of a class as prototypes, in place, whatever rejected them."""
+        return self._choose(class_name, numbers, side, action="keep")
+
+    def name(self, class_name: str, numbers: Sequence[int], name: str) -> Self:
+        """Name the part that foreground prototypes show, in place; "" takes the name away."""
+        return self._choose(class_name, numbers, "foreground", name=name)
+
+    def _choose(
+        self, class_name: str, numbers: Sequence[int], side: SideName, **values: Any
+    ) -> Self:
+        made = self.with_choices(Choice(class_name, side, number, **values) for number in numbers)
+        self.foreground, self.context, self.choices = made.foreground, made.context, made.choices
+        return self
+
+    def chosen(self, choices: Path | None, weights: Weights) -> Prototypes:
+        """These prototypes with the choices of a file and with weights.
+
+        Raises PrototypeError if the file is damaged or about other prototypes.
+        """
+        rows = () if choices is None else read_choices(choices, self.digest)
+        return replace(self.with_choices(rows), weights=weights)
+
+    @property
+    def names(self) -> dict[str, dict[int, str]]:
+        """Names of foreground prototypes by class and number, where there are any."""
+        found: dict[str, dict[int, str]] = {}
+        for one in self.choices:
+            if one.name and one.side == "foreground":
+                found.setdefault(one.class_name, {})[one.index] = one.name
+        return found
+
+    def parts(self) -> dict[int, dict[str, Tensor]]:
+        """Unit foreground prototypes (K, C) by name, for each class that has names.
+
+        Those without a name are `UNNAMED`.
+        """
+        found: dict[int, dict[str, list[Tensor]]] = {}
+        for name, names in self.names.items():
+            index = self.classes.index(name)
+            for _, number in self.members(index, "foreground"):
+                rows = found.setdefault(index, {}).setdefault(names.get(number, UNNAMED), [])
+                rows.append(unit(self.foreground.centers[index, number], dim=0))
+        return {n: {k: torch.stack(v) for k, v in one.items()} for n, one in found.items()}
+
+    @property
+    def digest(self) -> str:
+        """Digest of the classes and centres, which choices do not change."""
+        fitted = self._fitted()
+        tensors = {str(side): getattr(self, side).centers[fitted] for side in SIDES}
+        return digest_tensors(tensors, {"classes": self.classes, "fitted": fitted.tolist()})
+
+    def _fitted(self) -> Tensor:
+        """Indices of the classes that have centres."""
+        return torch.nonzero(self.foreground.sizes.any(1) | self.context.sizes.any(1)).flatten()
 
     def save(self, path: Path, extra: Mapping[str, Tensor] | None = None, **metadata: Any) -> None:
         """Write a safetensors file atomically, with ``extra`` tensors and metadata if given."""
         tensors = {f"{s}.{part}": getattr(getattr(self, s), part) for s in SIDES for part in PARTS}
-        fitted = torch.nonzero(self.foreground.sizes.any(1) | self.context.sizes.any(1)).flatten()
+        if self.foreground.fire is not None:
+            tensors["foreground.fire"] = self.foreground.fire
+        fitted = self._fitted()
         if len(fitted) < len(self.classes):  # those of a thousand classes that have centres
             tensors = {name: values[fitted] for name, values in tensors.items()}
             metadata["fitted"] = fitted.tolist()
         names = ("classes", "fingerprint", "made_by", "events")
         metadata |= {"kind": "prototypes", **{name: getattr(self, name) for name in names}}
+        if self.choices:
+            metadata["choices"] = [one.as_json() for one in self.choices]
+        if self.weights != "equal":
+            metadata["weights"] = self.weights
         write_tensors(path, {**tensors, **(extra or {})}, metadata)
 
     @classmethod
@@ -127,11 +290,14 @@ class Prototypes:
                 )
             classes, events = tuple(metadata["classes"]), tuple(metadata["events"])
             sides = [Centers(*(tensors[f"{side}.{part}"] for part in PARTS)) for side in SIDES]
+            sides[0] = replace(sides[0], fire=tensors.get("foreground.fire"))
             if "fitted" in metadata:
                 sides = [one.spread(len(classes), metadata["fitted"]) for one in sides]
             foreground, context = sides
             own = metadata["fingerprint"], metadata["made_by"], events
-            return cls(classes, foreground, context, *own)
+            choices = tuple(Choice.of_json(one) for one in metadata.get("choices", ()))
+            weights = metadata.get("weights", "equal")
+            return cls(classes, foreground, context, *own, choices, weights)
         except KeyError as missing:
             raise ArtefactError(
                 f"{path} has no {missing}; it was written by another version, fit again"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr, model_serializer, model_validator
 
 from lpcam.method.clustering import CLUSTERINGS, CenterKind, Init, ToleranceKind
-from lpcam.runtime.settings import Fraction, Positive, PresetModel, Section
+from lpcam.runtime.settings import Fraction, Positive, PresetModel, RecipePath, Section
 
 Method = Literal["CAM", "LPCAM-F", "LPCAM", "LPCAM-E"]
 """The maps that a run makes of its own classifier; LPCAM-E if it looks at early layers."""
@@ -81,6 +81,9 @@ class MappingSettings(Section):
     """Whether the mirrored image is mapped too."""
     cam_epsilon: Annotated[float, Field(ge=0.0)]
     """Constant added to the maximum by which a CAM is divided."""
+    weights: Literal["equal", "size", "score"] = "equal"
+    """Weight of a prototype among those of its class and side: all alike, by the number of its
+    local features, or by the classifier's certainty (the score, or 1 - score in the context)."""
 
 
 class SeedSettings(Section):
@@ -115,6 +118,23 @@ class EarlySettings(Section):
     """Number of images that are clustered and judged, or 25 for each class if that is more."""
 
 
+class NegativeSettings(Section):
+    """How images without a class reject its foreground prototypes (docs/adaptive.md)."""
+
+    margin: Fraction = 0.4
+    """Prototypes whose margin is below this share of their class's largest one are dropped. The
+    margin is the best cosine in an image with the class minus that in one without, in the mean."""
+    keep: Fraction = 0.5
+    """Share of a class's prototypes, those of the largest margins, that are never dropped; one at
+    least. Smaller: fewer false positives, less of the object."""
+    hardest: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
+    """Share of the images of data.negatives, the most similar ones of each prototype, that count.
+    Smaller: a few images of what a prototype shows are enough to reject it."""
+    reject_by: Literal["folder", "all"] = "folder"
+    """Images that reject: those of data.negatives, or also all of the data set without a label.
+    The fire rates of the report are measured on both."""
+
+
 class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel):
     """All settings of LPCAM. Functions that need only some take the part that they read.
 
@@ -125,6 +145,10 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
     preset: str = "voc12.official"
     early: EarlySettings | None
     """Early layers of the backbone, for the maps LPCAM-E; null: none."""
+    negatives: NegativeSettings | None = None
+    """Compare prototypes with images without their class; null: do not."""
+    choices: RecipePath | None = None
+    """File of choices about the prototypes, such as prototypes.yaml of a report; null: none."""
     _automatic: frozenset[str] = PrivateAttr(default=frozenset())
 
     @model_validator(mode="wrap")
@@ -154,6 +178,11 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
     def automatic(self) -> frozenset[str]:
         """Names of the values that are ``auto``, which a run chooses."""
         return self._automatic
+
+    @property
+    def corrected(self) -> bool:
+        """Whether prototypes are used otherwise than they were fitted."""
+        return self.choices is not None or self.weights != "equal"
 
     def fixed(self, **values: Any) -> Self:
         """These settings with values, which are no longer ``auto``."""

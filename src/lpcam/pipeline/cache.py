@@ -3,7 +3,7 @@
 A result is a folder of files with a ``stage.json``: a key (a digest of everything that the result
 depends on), the readable parts of the key, and whether the result is finished. A task whose results
 are finished with the same key is skipped; with the same key and unfinished it resumes; with another
-key its files are removed first.
+key its files are removed first, but for those of images whose classes the change does not concern.
 """
 
 from __future__ import annotations
@@ -11,8 +11,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -41,11 +40,22 @@ class Result:
     parts: Mapping[str, Any]  #: Everything that it depends on, as JSON.
     files: Sequence[Path] = ()  #: The files that it consists of.
     output: Record = field(default_factory=dict)  #: Record of its task, once it is finished.
+    by_class: Mapping[str, str] = field(default_factory=dict)
+    """Digest, for each class, of what only the files of that class depend on."""
+    labels: Mapping[Path, Collection[str]] = field(default_factory=dict)
+    """The classes of each file, where there is a ``by_class``."""
 
     @cached_property
     def key(self) -> str:
-        """Digest of the parts."""
-        return digest_json(self.parts)
+        """Digest of everything that the result depends on."""
+        return self.key_of(self.by_class)
+
+    def key_of(self, classes: Iterable[str]) -> str:
+        """Digest of everything that a file of some classes depends on."""
+        return digest_json(self._parts({k: self.by_class[k] for k in classes if self.by_class}))
+
+    def _parts(self, by_class: Mapping[str, str]) -> Record:
+        return {**self.parts, **({"by_class": by_class} if self.by_class else {})}
 
     def done(self) -> bool:
         """Tell whether the result is finished for this key and all its files exist."""
@@ -72,10 +82,23 @@ class Result:
                 "them away, or choose another run folder with --run.folder"
             )
         # The record is replaced last, so that an interruption between the two is noticed.
-        for path in sorted(found):
-            if path.name != RECORD:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        kept = {self.folder / RECORD, *self._unchanged({} if record is None else record["parts"])}
+        for path in sorted(self.folder.rglob("*"), reverse=True):  # files before their folders
+            if path.is_dir() and not path.is_symlink():
+                if not any(path.iterdir()):
+                    path.rmdir()
+            elif path not in kept:
+                path.unlink()
         self._write(done=False)
+
+    def _unchanged(self, old: Mapping[str, Any]) -> Iterator[Path]:
+        """Files that are the same for other parts: no class of theirs has changed."""
+        was = {name: value for name, value in old.items() if name != "by_class"}
+        if not self.by_class or digest_json(was) != digest_json(self.parts):
+            return
+        before = old.get("by_class", {})
+        same = {name for name, digest in self.by_class.items() if before.get(name) == digest}
+        yield from (path for path, classes in self.labels.items() if same.issuperset(classes))
 
     def finish(self, output: Output) -> None:
         """Record that the result is finished, with what later stages need to know of it."""
@@ -92,11 +115,12 @@ class Result:
         return record
 
     def _write(self, *, done: bool) -> None:
-        record = {"key": self.key, "parts": self.parts, "done": done, "output": self.output}
+        parts = self._parts(self.by_class)
+        record = {"key": self.key, "parts": parts, "done": done, "output": self.output}
         write_json(self.folder / RECORD, {**record, "versions": versions()})
 
     def _changed(self, old: Mapping[str, Any]) -> str:
-        was, now = dict(_leaves(old)), dict(_leaves(self.parts))
+        was, now = dict(_leaves(old)), dict(_leaves(self._parts(self.by_class)))
         changed = sorted(k for k in was.keys() | now.keys() if was.get(k) != now.get(k))
         shown = []
         for key in changed[:4]:

@@ -22,6 +22,7 @@ from lpcam.classifiers.early_layers import early_layers
 from lpcam.classifiers.engines import Engine
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Dataset, DecodedImages, Item
+from lpcam.data.image_files import NEGATIVES
 from lpcam.data.pixels import key_of, look_at_pixels, refuse_ruin
 from lpcam.data.reader import ListName, Opened
 from lpcam.data.survey import Finding
@@ -137,11 +138,13 @@ class Context:
         items: Sequence[Item],
         files: Sequence[FileOf],
         start: Callable[..., Callable[[Item], None]],
+        source: Result | None = None,
     ) -> Task:
         """A task that makes files of each image, unless all of them are there.
 
         It has a result for each name in ``parts``. ``start``, called with those that are not up to
-        date, returns what makes their files of an image.
+        date, returns what makes their files of an image. They change by class as those of
+        ``source`` do, from which they are made.
         """
 
         def work(*results: Result) -> None:
@@ -170,8 +173,23 @@ class Context:
         results = []
         for name, own in parts.items():
             made = [file(self.folder / name, item.id) for file in files for item in items]
-            results.append(Result(name, self.folder / name, {"images": images, **own}, made))
+            result = Result(name, self.folder / name, {"images": images, **own}, made)
+            if source is not None:
+                result.by_class = source.by_class
+                result.labels = self.labels(name, items, files)
+            results.append(result)
         return Task(results, work, apart=True)
+
+    def labels(
+        self, name: str, items: Sequence[Item], files: Sequence[FileOf]
+    ) -> dict[Path, list[str]]:
+        """Names of the classes of each file of a result."""
+        names = self.dataset.classes.names
+        return {
+            file(self.folder / name, item.id): [names[index] for index in item.labels]
+            for file in files
+            for item in items
+        }
 
     def training_task(
         self,
@@ -319,7 +337,12 @@ class Context:
         items = self.dataset.select(name)
         if not items:
             raise DataError(f"the list {name!r} ({stage}) has no usable image")
-        return items
+        return [*items, *self.negatives] if stage == "classify" else items
+
+    @property
+    def negatives(self) -> list[Item]:
+        """The usable images of the folder of negatives; none without one."""
+        return [] if self.recipe.data.negatives is None else self.dataset.select(NEGATIVES)
 
     def truth(self, stage: ListName) -> list[Item]:
         """The images of a list with a true mask; none, with a notice, if no mask shows a class."""

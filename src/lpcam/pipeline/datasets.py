@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from lpcam.data.dataset import Dataset
+from lpcam.data.image_files import with_negatives
 from lpcam.data.pixels import given_reading
 from lpcam.data.reader import OPTIONS, ListName, Opened, Request
 from lpcam.pipeline.recipe import Recipe
@@ -49,6 +50,8 @@ def read_dataset(
             scored.append("segment")
         ids = dict.fromkeys(i.id for s in scored for i in dataset.select(data.list_of(s)))
         dataset = opened.paint(painted, ids, workers).read_with(dataset.reading)
+    if data.negatives is not None and "classify" in lists:
+        dataset = with_negatives(dataset, data.negatives)
     for name in sorted(names):
         dataset.select(name)
     maps = data.list_of("maps")

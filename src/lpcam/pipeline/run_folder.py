@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from lpcam.data.reader import ListName
 from lpcam.explain.explainer import Explainer
 from lpcam.formats.masks.base import MaskEntry
 from lpcam.formats.models.lpcam_model import LPCAMModel
+from lpcam.method.choices import Choice, format_choices
 from lpcam.method.early import EarlyPrototypes
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import Method
 from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.recipe import Recipe, load_recipe
 from lpcam.runtime.errors import ArtefactError, DataError, LpcamError
-from lpcam.runtime.files import digest_file, read_json
+from lpcam.runtime.files import digest_file, read_json, write_bytes
 from lpcam.runtime.resources import choose_device
 from lpcam.segmentation.folders import INDEX as PREDICTED
 from lpcam.segmentation.segmenter import Segmenter
@@ -111,6 +112,7 @@ class RunFolder:
         self.classifier = self.path / "classifier/classifier.safetensors"
         self.engine = self.path / "engine"  #: Networks as an engine runs them.
         self.engine_record = self.engine / "engine.json"  #: Which engine runs them, and why.
+        self.choices = self.path / "prototypes.yaml"  #: A person's choices about prototypes.
         self.early = self.path / "early/early.safetensors"  #: Prototypes of early layers.
 
     def __truediv__(self, name: str) -> Path:
@@ -120,6 +122,14 @@ class RunFolder:
     def prototypes(self, result: str = "prototypes") -> Path:
         """The prototypes of a result: the run's own, or those of a host."""
         return self / result / "prototypes.safetensors"
+
+    def used_prototypes(self, recipe: Recipe) -> Path:
+        """The prototypes that maps are made of: as fitted, or with the recipe's choices."""
+        return self.prototypes("chosen" if recipe.lpcam.corrected else "prototypes")
+
+    def patch(self, index: int, side: str, number: int) -> Path:
+        """Picture of the nearest patch of a prototype of a class, which the report writes."""
+        return self / "report" / f"patches/{index}-{side}-{number}.webp"
 
     def network(self, result: str) -> Path:
         """The trained network of a host or a refinement, such as ``host/amn``."""
@@ -162,7 +172,7 @@ class RunFolder:
         """
         recipe = self.load_recipe()
         classifier = Classifier.load(self._finished(self.classifier, "classify"))
-        path = self._finished(self.prototypes(), "prototypes")
+        path = self._finished(self.used_prototypes(recipe), "prototypes")
         method: Method = "LPCAM" if recipe.seed_method == "CAM" else recipe.seed_method
         fingerprint, early = classifier.fingerprint(), None
         if method == "LPCAM-E":
@@ -172,6 +182,7 @@ class RunFolder:
         values: dict[str, Any] = {
             "threshold": self._threshold(recipe, method),
             "cam_threshold": self._threshold(recipe, "CAM"),
+            "choices": None,  # the prototypes have them
         }
         if "scales" in recipe.lpcam.automatic and (made := self._parts("cam")):
             values["scales"] = tuple(made["scales"])
@@ -208,6 +219,23 @@ class RunFolder:
             logger.warning("torch is used: %s", error)
             engine = "torch"
         return accelerated(classifier, engine, file, layers=layers, precision=precision)
+
+    def choose(self, choices: Sequence[Choice] = ()) -> Prototypes:
+        """The fitted prototypes with the choices in the run's file, and with more of them.
+
+        New choices are written to the file, ``prototypes.yaml``. The maps of the run follow once it
+        is run with ``lpcam.choices``.
+
+        Raises:
+            ArtefactError: if the run has not reached its prototypes.
+            PrototypeError: if a choice does not fit the prototypes.
+        """
+        fitted = Prototypes.load(self._finished(self.prototypes(), "prototypes"))
+        path = self.choices if self.choices.is_file() else self.load_recipe().lpcam.choices
+        made = fitted.chosen(path, "equal").with_choices(choices)
+        if choices:
+            write_bytes(self.choices, format_choices(made.choices, made.digest).encode())
+        return made
 
     def _parts(self, name: str, part: str = "parts") -> Mapping[str, Any]:
         """The readable key of a result, or its output; empty if there is none."""

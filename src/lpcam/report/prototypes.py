@@ -22,6 +22,7 @@ from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.resize import resize
 from lpcam.explain.web import encode_picture, encode_unit
+from lpcam.method.choices import Choice
 from lpcam.method.early import EarlyPrototypes, centred
 from lpcam.method.functional import normalize, split
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
@@ -114,8 +115,16 @@ def crop(picture: NDArray[np.uint8], place: Place) -> NDArray[np.uint8]:
     return limit_long_side(np.ascontiguousarray(patch), PATCH)
 
 
-def rule_of(side: SideName, score: float, kept: bool, settings: LpcamSettings) -> str:
+def rule_of(
+    side: SideName,
+    score: float,
+    kept: bool,
+    settings: LpcamSettings,
+    choice: Choice | None = None,
+) -> str:
     """Text that says why a centre was kept as a prototype or rejected."""
+    if choice is not None and choice.action is not None:
+        return f"score {score:.2f}, {choice.told}"
     mu_f, mu_b, lower = settings.mu_f, settings.mu_b, settings.context_lower
     if side == "foreground":
         if not kept:
@@ -149,6 +158,7 @@ def prototype_records(
     prototypes in the rest. ``count`` is for each class and side; of many classes fewer are shown.
     """
     classes = fitted.prototypes.classes
+    chosen = {one.place: one for one in fitted.prototypes.choices}
     count = max(1, min(count, _MOST_PATCHES // (len(classes) * len(SIDES) * patches)))
     both: dict[SideName, Centers] = {side: getattr(fitted.prototypes, side) for side in SIDES}
 
@@ -162,7 +172,9 @@ def prototype_records(
             cards: list[dict[str, Any]] = []
             for number in shown_numbers(of, index, count):
                 score, keep = of.scores[index, number].item(), bool(of.keep[index, number])
-                rule = rule_of(side, score, keep, fitted.settings)
+                choice = chosen.get((classes[index], side, number))
+                words = [rule_of(side, score, keep, fitted.settings, choice)]
+                rule = ", ".join([*words, *filter(None, [of.fire_text(index, number)])])
                 size = int(of.sizes[index, number])
                 card = {"number": number, "score": score, "size": size, "kept": keep, "rule": rule}
                 cards.append(card | {"patches": [], "map": None, "range": None})

@@ -234,7 +234,8 @@ def _source_protocol(context: Context) -> Record:
     lists, section = recipe.data, recipe.classifier
     settings = section.probe if context.training_method == "probe" else section.finetune
     given = section.trained
-    changed = set(recipe.lpcam.changes())
+    changed = set(recipe.lpcam.changes()) - {"choices"}
+    chosen = context.results.get("chosen")
     return {
         "classifier": {
             "backbone": section.backbone,
@@ -250,6 +251,7 @@ def _source_protocol(context: Context) -> Record:
         **_selection(context),
         "preset": recipe.lpcam.preset,
         **({"chosen": context.choices} if context.choices else {}),
+        **({} if chosen is None else {"prototype_choices": chosen.output["choices"]}),
         "changed_from_preset": recipe.lpcam.model_dump(mode="json", include=changed),
         "scales": list(context.lpcam.scales),
         "flip": recipe.lpcam.flip,

@@ -13,10 +13,11 @@ from lpcam.data.map_files import MapFile, map_path, write_maps
 from lpcam.data.resize import quarter_size, resize, scaled_size
 from lpcam.method.functional import FusedMaps
 from lpcam.method.multi_scale import cam_maps, lpcam_maps
-from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context
 from lpcam.pipeline.stages.judge import judge_all, judged
+from lpcam.pipeline.stages.prototypes import load_prototypes
+from lpcam.runtime.files import digest_bytes, tensor_bytes
 from lpcam.runtime.progress import progress
 
 LARGEST_TAU = 0.25
@@ -48,12 +49,11 @@ def map_cam(context: Context) -> Iterator[Task]:
 
 def map_lpcam(context: Context) -> Iterator[Task]:
     """LPCAM and LPCAM-F (eqs. 5 and 6)."""
-    made = {"prototypes": context.results["prototypes"].output["digest"]}
+    names = context.dataset.classes.names
+    found = load_prototypes(context)
+    both = [found.vectors(with_context=True), found.vectors(with_context=False)]
 
     def start() -> MapsOf:
-        fingerprint = context.results["classifier"].output["fingerprint"]
-        found = Prototypes.load(context.folder.prototypes(), fingerprint=fingerprint)
-        both = [found.vectors(with_context=True), found.vectors(with_context=False)]
         rows = torch.stack(both).to(context.classifier.weight)
 
         def maps_of(
@@ -66,8 +66,14 @@ def map_lpcam(context: Context) -> Iterator[Task]:
 
         return maps_of
 
-    own = {"lpcam": {**made, "context": True}, "lpcam_f": {**made, "context": False}}
-    yield _map_task(context, "LPCAM", context.items("maps"), own, start)
+    own = {"lpcam": {"context": True}, "lpcam_f": {"context": False}}
+    items = context.items("maps")
+    task = _map_task(context, "LPCAM", items, own, start)
+    for result, vectors in zip(task.results, both, strict=True):
+        digests = [digest_bytes(tensor_bytes(row)) for row in vectors]
+        result.by_class = dict(zip(names, digests, strict=True))
+        result.labels = context.labels(result.name, items, [map_path])
+    yield task
     if context.lpcam.early is None:  # else LPCAM-E says more
         yield from judge_all(context)
 
@@ -82,7 +88,7 @@ def _map_task(
     """A task for the maps of several results, each with ``own`` parts, from one feature pyramid."""
     settings, section = context.lpcam, context.recipe.maps
     parts = {
-        "revision": 2,
+        "revision": 3,
         "classifier": context.results["classifier"].output["digest"],
         "scales": list(settings.scales),
         "flip": settings.flip,
@@ -112,7 +118,8 @@ def _map_task(
                         size = scaled_size(*size, section.maximum_side / max(size))
                     maps = maps_of(item, mine, size)
                 for result, one in zip(results, maps, strict=True):
-                    write_fused(context, result, item, one)
+                    if not map_path(result.folder, item.id).is_file():
+                        write_fused(context, result, item, one)
 
         # Batches are formed before it is known what is missing, so a resumed run has the same.
         batches = context.sharing.batches(context.sharing.mine(items))
@@ -131,7 +138,7 @@ def _map_task(
 
 def write_fused(context: Context, result: Result, item: Item, maps: FusedMaps | None) -> None:
     """Write maps of an image, enlarged (bilinear) to its size; without a label it has none."""
-    size = context.sharing.sizes[item.id]
+    size, names = context.sharing.sizes[item.id], context.dataset.classes.names
     if maps is None:
         maps = FusedMaps(torch.zeros(0, *quarter_size(size)), torch.zeros(0, *size))
     elif tuple(maps.high_res.shape[-2:]) != size:
@@ -142,7 +149,7 @@ def write_fused(context: Context, result: Result, item: Item, maps: FusedMaps | 
             np.array(item.labels, dtype=np.int64),
             maps.cam.float().cpu().numpy(),
             maps.high_res.float().cpu().numpy(),
-            {"stage": result.key},
+            {"stage": result.key_of(names[index] for index in item.labels)},
         ),
         dtype=context.recipe.maps.dtype,
     )

@@ -14,13 +14,17 @@ from lpcam.classifiers.feature_store import DTYPES
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path
 from lpcam.data.resize import scaled_size
-from lpcam.method.prototypes import FEWEST_CLUSTERS, MEMBERS, make_prototypes
+from lpcam.method.early import IMAGES_PER_CLASS
+from lpcam.method.negatives import Seen, best_cosines, compare
+from lpcam.method.prototypes import FEWEST_CLUSTERS, MEMBERS, Prototypes, make_prototypes
 from lpcam.method.reservoir import SIDES, Reservoir, collect, draw_images, read_selected, split_maps
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.cache import Output, Result, Task
 from lpcam.pipeline.context import FEATURES_SHARE, Context
+from lpcam.pipeline.stages.judge import sampled
 from lpcam.runtime.errors import RecipeError
-from lpcam.runtime.files import digest_file
+from lpcam.runtime.files import digest_file, read_bytes
+from lpcam.runtime.parallel import one_thread
 from lpcam.runtime.progress import progress
 from lpcam.runtime.versions import versions
 
@@ -28,12 +32,17 @@ CHECKPOINT_SECONDS = 60.0  #: Minimum time between checkpoints of the reservoir 
 CHECKPOINT_SHARE = 10
 """Minimum ratio of that time to the duration of the last checkpoint, which may be large."""
 BLANK = 96  #: Side, in pixels, of an image that shows how many features a network has.
+COMPARED = 200
+"""Images of the data set that prototypes are compared with, or 25 for each class if that is more.
+At most so many count as images without a class, and as many without any."""
 Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 """Gives the features (C, h, w) of each image of a batch, and the maps (K, H, W) that split them."""
 
 
 def validate(context: Context) -> None:
-    """Refuse, before any stage runs, local features too large for memory, if they are needed."""
+    """Refuse, before any stage runs, missing choices, and local features too large for memory."""
+    if context.lpcam.choices is not None:
+        read_bytes(context.lpcam.choices)
     if not context.folder.prototypes().is_file():
         _check_memory(context, context.untrained(RANDOM))
 
@@ -48,7 +57,7 @@ def _check_memory(context: Context, classifier: Classifier) -> None:
 def cluster(context: Context) -> Iterator[Task]:
     """Collect, cluster, score and select (eqs. 2 to 4)."""
     recipe, items = context.recipe, context.items("prototypes")
-    settings = context.lpcam
+    settings = context.lpcam.fixed(weights="equal")
     multi_scale = settings.split_maps == "multi_scale"
     classifier = context.results["classifier"].output
     parts = {
@@ -62,6 +71,12 @@ def cluster(context: Context) -> Iterator[Task]:
         "images": context.digest(items),
         **selected_key(context),
     }
+    compared = _compared(context)
+    if settings.negatives is not None:
+        parts["negatives"] = {
+            "settings": settings.negatives.model_dump(mode="json"),
+            "images": context.digest(compared),
+        }
 
     def prepare() -> Tensor:
         _check_memory(context, context.classifier)
@@ -77,7 +92,17 @@ def cluster(context: Context) -> Iterator[Task]:
             return [(features, split(item, features)) for item, features in found]
 
         scorer, label = (weight, None), "local features"
-        return make(context, result, items, settings, local, scorer, classifier, label)
+        return make(
+            context,
+            result,
+            items,
+            settings,
+            local,
+            scorer,
+            classifier,
+            label,
+            lambda found: _rejected(context, found, compared),
+        )
 
     def split(item: Item, features: Tensor) -> Tensor:
         path, weight = map_path(context.folder / "cam", item.id), context.classifier.weight
@@ -90,6 +115,76 @@ def cluster(context: Context) -> Iterator[Task]:
     for name in sorted({"mu_f", "mu_b"} & settings.automatic):
         value = f"{getattr(settings, name):g} times the best score"
         context.chose(f"lpcam.{name}", value, "of the foreground centres of each class")
+    if rejected := context.results["prototypes"].output.get("rejected"):
+        reason = f"the images of data.negatives show what they show ({len(context.negatives)})"
+        if settings.negatives is not None and settings.negatives.reject_by == "all":
+            reason = "images without their class show what they show"
+        context.chose("prototypes", f"{rejected} dropped by negatives", reason)
+    if context.lpcam.corrected:
+        yield _choose(context)
+
+
+def _compared(context: Context) -> list[Item]:
+    """Images that prototypes are compared with: some of the data set, and all of the negatives."""
+    count = max(COMPARED, IMAGES_PER_CLASS * len(context.dataset.classes))
+    unlabelled = [item for item in context.items("maps") if not item.labels]
+    return [*sampled(context, count), *_spread(unlabelled), *context.negatives]
+
+
+def _spread(items: Sequence[Item]) -> Sequence[Item]:
+    """At most `COMPARED` of the items, at equal distances."""
+    return items[:: max(1, -(-len(items) // COMPARED))]
+
+
+def _rejected(context: Context, found: Prototypes, items: Sequence[Item]) -> Prototypes:
+    """Prototypes with fire rates, without those that images without their class reject."""
+    settings, store = context.lpcam.negatives, context.store(context.classifier)
+    if settings is None:
+        return found
+    centers, outside = found.foreground.centers, {item.id for item in context.negatives}
+    fitted = set(torch.nonzero(found.foreground.sizes.any(1)).flatten().tolist())
+    labelled = [item for item in items if item.labels]
+    some = {item.id for item in _spread(labelled)}
+
+    @torch.inference_mode()
+    def see(item: Item) -> Seen:
+        (pair,) = store.pairs([item], (1.0,))
+        features, labels = pair.features[0].cpu(), None if item.id in outside else item.labels
+        own = item.labels if item.labels and item.id not in some else fitted
+        classes = sorted(fitted.intersection(own))
+        with one_thread():
+            best = best_cosines(features, centers[classes])
+        return labels, dict(zip(classes, best, strict=True))
+
+    with progress("negatives", len(items)) as advance:
+        seen = []
+        for one in context.sharing.map(see, items):
+            seen.append(one)
+            advance(1, "")
+    return compare(found, seen, settings)
+
+
+def _choose(context: Context) -> Task:
+    """A task that applies the recipe's choices and weights to the fitted prototypes."""
+    fitted, settings = context.results["prototypes"], context.lpcam
+    path = context.folder.prototypes("chosen")
+    made = Prototypes.load(context.folder.prototypes()).chosen(settings.choices, settings.weights)
+    rows = [one.as_json() for one in made.choices]
+    parts = {"prototypes": fitted.output["digest"], "choices": rows, "weights": settings.weights}
+
+    def work(_: Result) -> Output | None:
+        if not context.processes.first:
+            return None
+        made.save(path)
+        return {"digest": digest_file(path), "choices": rows}
+
+    return context.task("chosen", parts, [path], work)
+
+
+def load_prototypes(context: Context) -> Prototypes:
+    """The prototypes that the maps are made of."""
+    fingerprint = context.results["classifier"].output["fingerprint"]
+    return Prototypes.load(context.folder.used_prototypes(context.recipe), fingerprint=fingerprint)
 
 
 def make(
@@ -101,11 +196,13 @@ def make(
     scorer: tuple[Tensor, Tensor | None],
     trained: Output,
     label: str,
+    finish: Callable[[Prototypes], Prototypes] = lambda found: found,
 ) -> Output | None:
     """Collect local features and make prototypes of them, in the folder of a result.
 
     ``scorer`` is the weight (N, C) of the linear layer that scores centres (eqs. 3 and 4), and its
-    bias (N,) where scores use it; ``trained`` the record of the network that the features are of.
+    bias (N,) where scores use it; ``trained`` the record of the network that the features are of;
+    ``finish`` makes of them the prototypes that are written.
     """
     seed, names = context.recipe.run.seed, context.dataset.classes.names
     drawn = _drawn(context, items, settings)
@@ -126,8 +223,12 @@ def make(
         workers=context.sharing.workers,
     )
     (path,) = result.files
+    prototypes = finish(prototypes)
     prototypes.save(path)
-    return {"digest": digest_file(path), "events": list(prototypes.events), "images": len(used)}
+    told = {"events": list(prototypes.events), "images": len(used)}
+    if prototypes.choices:
+        told["rejected"] = len(prototypes.choices)
+    return {"digest": digest_file(path), **told}
 
 
 def _drawn(

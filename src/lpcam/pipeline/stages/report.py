@@ -9,18 +9,18 @@ from pathlib import Path
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Item
 from lpcam.method.early import EarlyPrototypes
-from lpcam.method.prototypes import Prototypes
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context, required
 from lpcam.pipeline.run_folder import RESULTS
 from lpcam.pipeline.stages import host, refine, segment
 from lpcam.pipeline.stages.evaluate import dataset_name
+from lpcam.pipeline.stages.prototypes import load_prototypes
 from lpcam.report.collect import Inputs, collect
 from lpcam.report.images import Sources
 from lpcam.report.page import render
 from lpcam.report.prototypes import Early, Fitted
 from lpcam.report.segmenters import SegmenterResults, TrainedSegmenter
-from lpcam.runtime.files import read_json, write_bytes
+from lpcam.runtime.files import digest_file, read_json, write_bytes
 from lpcam.runtime.versions import versions
 
 
@@ -34,7 +34,7 @@ def write_report(context: Context) -> Iterator[Task]:
     parts = {
         "revision": 1,
         "evaluation": context.results["evaluation"].key,
-        "prototypes": context.results["prototypes"].output["digest"],
+        "prototypes": digest_file(context.folder.used_prototypes(context.recipe)),
         "classifier": context.results["classifier"].output["digest"],
         "settings": context.recipe.lpcam.model_dump(mode="json"),
         "section": section.model_dump(mode="json"),
@@ -61,7 +61,6 @@ def _page(context: Context) -> str:
         shown["rows"] = [r for r in metrics["rows"] if r["stage"] != segment.SEGMENTATION]
         shown["curves"] = metrics["curves"]
     use: Record = read_json(folder.use) if folder.use.is_file() else {}
-    fingerprint = context.results["classifier"].output["fingerprint"]
     folders = {method: folder / RESULTS[method] for method in context.methods}
     # the report reads mirror images of the few confused images alone
     plain = context.store(context.classifier).unmirrored()
@@ -71,7 +70,7 @@ def _page(context: Context) -> str:
         Sources(context.dataset, folders, scores, *_later_outputs(context)),
         Fitted(
             context.classifier,
-            Prototypes.load(folder.prototypes(), fingerprint=fingerprint),
+            load_prototypes(context),
             context.store(context.classifier).pairs,
             plain.pairs,
             context.lpcam,

@@ -35,7 +35,7 @@ def mask_task(
     items, classes = context.items("maps"), context.dataset.classes
     parts = {
         "revision": 1,
-        "maps": source.key,
+        "maps": source.key_of(()),
         "threshold": threshold,
         "ignore_threshold": ignore_threshold,
         "mask_ids": list(classes.mask_ids),
@@ -52,4 +52,4 @@ def mask_task(
 
         return make
 
-    return context.image_task({name: parts}, label, items, [mask_path], start)
+    return context.image_task({name: parts}, label, items, [mask_path], start, source)
