@@ -16,14 +16,13 @@ from torch import Tensor, nn
 from lpcam.classifiers.classifier import PRETRAINED, RANDOM, Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.runtime.errors import ArtefactError, ClassifierError
-from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.segmentation.networks.base import First, Network, SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
 from lpcam.training.released import WIDERESNET38, Released
-from lpcam.training.saved_network import check_same, load_weights
+from lpcam.training.saved_network import SavedNetwork
 
 
-class Segmenter(nn.Module):
+class Segmenter(SavedNetwork):
     """A network, the classes of its labels, and its preprocessing.
 
     Args:
@@ -32,6 +31,8 @@ class Segmenter(nn.Module):
         classes: class names and their values in masks.
         spec: how to build the network again; None for a custom network, which cannot be saved.
     """
+
+    kind = "segmenter"
 
     def __init__(
         self,
@@ -52,6 +53,10 @@ class Segmenter(nn.Module):
         return next(self.parameters(), torch.zeros(())).device
 
     @property
+    def stored(self) -> nn.Module:
+        return self.network
+
+    @property
     def trained(self) -> Network:
         """The network with the type that training uses."""
         return cast(Network, self.network)
@@ -61,46 +66,25 @@ class Segmenter(nn.Module):
         logits: Tensor = self.network(images)
         return logits
 
-    def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
-        """Write all to one safetensors file; ArtefactError for a custom network."""
+    def _description(self) -> dict[str, Any]:
         if self.spec is None:
             raise ArtefactError(
                 "this segmenter wraps a network that was passed in, so a file cannot describe it; "
                 "build it with lpcam.segmentation.segmenter.build_segmenter to save it"
             )
-        state = {k: v.detach().cpu().contiguous() for k, v in self.network.state_dict().items()}
-        write_tensors(path, state, {**self._description(), "made_by": dict(made_by or {})})
-
-    def take(self, path: Path) -> None:
-        """Load the weights of a file of the same segmenter; ArtefactError if it is of another."""
-        state, metadata = read_tensors(path)
-        check_same(self._description(), metadata, path)
-        load_weights(self.network, state, path)
-
-    def _description(self) -> dict[str, Any]:
         return {
-            "kind": "segmenter",
-            "spec": None if self.spec is None else asdict(self.spec),
+            "spec": asdict(self.spec),
             "classes": list(self.classes.names),
             "mask_ids": list(self.classes.mask_ids),
             "preprocessing": asdict(self.preprocessing),
         }
 
     @classmethod
-    def load(cls, path: Path) -> Segmenter:
-        """Read a file of :meth:`save`; ArtefactError if it is missing, damaged or another."""
-        state, metadata = read_tensors(path)
-        if metadata.get("kind") != "segmenter":
-            raise ArtefactError(
-                f"{path} holds {metadata.get('kind')!r}, not a segmenter; give the file that the "
-                "segment stage wrote"
-            )
+    def _described(cls, metadata: Mapping[str, Any]) -> Segmenter:
         values = metadata["spec"]
         spec = SegmenterSpec(**{**values, "pyramid": tuple(values["pyramid"])})
         classes = ClassTable(tuple(metadata["classes"]), tuple(metadata["mask_ids"]))
-        segmenter = build_segmenter(spec, classes, weights=RANDOM, **metadata["preprocessing"])
-        load_weights(segmenter.network, state, path)
-        return segmenter
+        return build_segmenter(spec, classes, weights=RANDOM, **metadata["preprocessing"])
 
 
 def check_segmenter(spec: SegmenterSpec, weights: str) -> None:

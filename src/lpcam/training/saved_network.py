@@ -50,10 +50,15 @@ class SavedNetwork(nn.Module):
 
     kind: ClassVar[str]  #: Kind of the file, in its metadata.
 
+    @property
+    def stored(self) -> nn.Module:
+        """The module whose weights are in the file."""
+        return self
+
     def fingerprint(self, classes: Sequence[str] | None = None) -> str:
         """32 hex digits that change with weights, architecture, preprocessing and class names."""
         own = {} if classes is None else {"classes": list(classes)}
-        return digest_tensors(self.state_dict(), {**self._description(), **own})
+        return digest_tensors(self.stored.state_dict(), {**self._description(), **own})
 
     def save(self, path: Path, made_by: Mapping[str, Any] | None = None) -> None:
         """Write weights, architecture and provenance; ClassifierError without a description."""
@@ -64,7 +69,7 @@ class SavedNetwork(nn.Module):
                 "give lpcam.classifiers.classifier.build the name of a timm model instead"
             )
         own = {"kind": self.kind, "fingerprint": self.fingerprint(), "made_by": dict(made_by or {})}
-        write_tensors(path, self.state_dict(), {**own, **description})
+        write_tensors(path, self.stored.state_dict(), {**own, **description})
 
     @classmethod
     def load(cls, path: Path) -> Self:
@@ -76,14 +81,14 @@ class SavedNetwork(nn.Module):
                 "give the file that its save method or a run wrote"
             )
         network = cls._described(metadata)
-        load_weights(network, state, path)
+        load_weights(network.stored, state, path)
         return network
 
     def take(self, path: Path) -> None:
         """Load a file of ``lpcam convert``; ArtefactError names what differs from this network."""
         state, metadata = read_tensors(path)
         check_same({"kind": self.kind, **self._description()}, metadata, path)
-        load_weights(self, state, path)
+        load_weights(self.stored, state, path)
 
     def folded(self) -> SavedNetwork:
         """A copy for inference with folded batch norms; the network itself if it has none."""

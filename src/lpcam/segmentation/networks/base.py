@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Required, TypedDict, Unpack
 
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import Preprocessing, misfit, refuse_not_finite
+from lpcam.classifiers.classifier import PRETRAINED, Preprocessing, misfit, refuse_not_finite
 from lpcam.runtime.errors import ClassifierError
 
 Option = Literal["backbone", "output_stride", "pyramid"]
@@ -35,17 +35,16 @@ class First(TypedDict, total=False):
     seed: int  #: Random seed of the head and of random weights.
 
 
-class Network(Protocol):
-    """The module of a segmentation network, as training and testing use it."""
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Logits (B, L, h, w) of normalised RGB images (B, 3, H, W)."""
+class Network(nn.Module):
+    """A segmentation network: normalised RGB images (B, 3, H, W) to logits (B, L, h, w)."""
 
     def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
         """Logits of each output and the weight of its loss, for training."""
+        return [(self(images), 1.0)]
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """Trained parameters, once in ``backbone``, ``head``, ``head_bias`` or ``no_decay``."""
+        return grouped(self)
 
 
 class SegmentationNetwork(Protocol):
@@ -86,6 +85,15 @@ def grouped(network: nn.Module, undecayed: Collection[str] = ()) -> dict[str, li
         if parameter.requires_grad:
             groups.setdefault(group, []).append(parameter)
     return groups
+
+
+def refuse_pretrained(backbone: str, weights: str | Path) -> None:
+    """Raise a ClassifierError for pretrained weights of a backbone that has none to download."""
+    if str(weights) == PRETRAINED:
+        raise ClassifierError(
+            f"segment.weights: {backbone} has no pretrained weights to download; convert the "
+            "field's file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
+        )
 
 
 def load_fitting(

@@ -133,7 +133,7 @@ class Aspp(nn.Module):
         return logits
 
 
-class DeepLabV2(FrozenStatistics):
+class DeepLabV2(FrozenStatistics, base.Network):
     """A backbone of ``channels`` features and :class:`Aspp` at scales; batch norms are frozen."""
 
     def __init__(
@@ -268,11 +268,7 @@ def _check_caffe(arguments: Mapping[str, Any], stride: int | None, weights: str 
             f"{CAFFE} has output stride {OUTPUT_STRIDE}, got {stride}; set it to null, or take "
             "timm's resnet101"
         )
-    if str(weights) == models.PRETRAINED:
-        raise ClassifierError(
-            f"segment.weights: {CAFFE} has no pretrained weights to download; convert the field's "
-            "file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
-        )
+    base.refuse_pretrained(CAFFE, weights)
 
 
 def _load(network: DeepLabV2, path: Path) -> None:

@@ -37,7 +37,7 @@ SWIN_ARGUMENTS = ("depths", "drop_path", "embed_dim", "num_heads", "window_size"
 ARGUMENTS = (*SWIN_ARGUMENTS, "auxiliary_channels", "channels", "checkpoint")
 
 
-class UperNetSwin(nn.Module):
+class UperNetSwin(base.Network):
     """UperNet on Swin, of the changed parts of transformers' ``UperNetForSemanticSegmentation``."""
 
     def __init__(self, model: Any) -> None:

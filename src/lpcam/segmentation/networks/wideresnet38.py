@@ -21,7 +21,7 @@ HIDDEN = 512  #: Channels between the two convolutions of the head.
 DILATION = 12  #: Dilation of both convolutions.
 
 
-class WideResNet38LargeFov(FrozenStatistics):
+class WideResNet38LargeFov(FrozenStatistics, base.Network):
     """Two dilated 3 x 3 convolutions on WideResNet-38, whose first one and norms are frozen."""
 
     def __init__(self, backbone: WideResNet38, labels: int, *, hidden: int = HIDDEN) -> None:
@@ -40,14 +40,6 @@ class WideResNet38LargeFov(FrozenStatistics):
         logits: Tensor = self.fc2(self.fc1(self.backbone.forward_features(images)).relu())
         return logits
 
-    def outputs(self, images: Tensor) -> list[tuple[Tensor, float]]:
-        """The logits of :meth:`forward` and the weight 1 of their loss."""
-        return [(self(images), 1.0)]
-
-    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
-        """The trained parameters: ``backbone``, ``head`` (weights) and ``head_bias``."""
-        return base.grouped(self)
-
 
 class WideResNet38Network:
     """Arguments are those of :class:`lpcam.classifiers.wideresnet38.WideResNet38`, and ``hidden``.
@@ -63,11 +55,7 @@ class WideResNet38Network:
 
     def check(self, spec: base.SegmenterSpec, weights: str) -> None:
         """Raise ClassifierError for pretrained weights, which do not exist."""
-        if weights == models.PRETRAINED:
-            raise ClassifierError(
-                f"segment.weights: {BACKBONE} has no pretrained weights to download; convert the "
-                "field's file (lpcam convert FILE.pth FILE.safetensors) and give that, or 'random'"
-            )
+        base.refuse_pretrained(BACKBONE, weights)
 
     def build(
         self, spec: base.SegmenterSpec, labels: int, **first: Unpack[base.First]
