@@ -12,9 +12,21 @@ import numpy as np
 import pytest
 import torch
 from browsing import chromium, watched  # noqa: F401 - the fixture "browser"
-from report.sample import DRAWN, FIXED, HOSTILE, array, blob, enlarged, sample, unit, unpacked
+from report.sample import (
+    DRAWN,
+    FIXED,
+    HOSTILE,
+    array,
+    blob,
+    enlarged,
+    picture,
+    sample,
+    unit,
+    unpacked,
+)
 
 from lpcam.evaluation.segmentation import confusion, scores
+from lpcam.method.choices import parse_choices, settled
 from lpcam.method.seeds import seeds
 from lpcam.report.page import render
 
@@ -235,6 +247,85 @@ def test_prototypes_of_one_class_at_a_time(open_page: Open, data: dict[str, Any]
     page.wait_for_selector("#confusion-list article")
     assert page.locator("#confusion-list article canvas").count() == 5
     assert "98.0 %" in page.text_content("#confusion-list")
+
+
+PIXELS = """(wanted) => {
+  const canvas = document.querySelector(`canvas[data-preview="${wanted}"]`);
+  const { data } = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height);
+  return Array.from({ length: canvas.width }, (_, x) => data[4 * x] + data[4 * x + 1]);
+}"""
+
+
+def choosing() -> dict[str, Any]:
+    """Two foreground prototypes that fire left and right, and one of the context, in the middle."""
+    data = sample()
+    one = data["prototypes"]["classes"][0]
+    fire = np.full((5 + 5, 1, 30), 0.5, np.float32)  # a cosine of 0
+    for card, place in ((0, slice(0, 10)), (1, slice(20, 30)), (5, slice(10, 20))):
+        fire[card, :, place] = 1.0
+    kept = {"foreground": (0, 1), "context": (0,)}
+    for side, numbers in kept.items():
+        for card in one["sides"][side]["prototypes"]:
+            card["kept"] = card["number"] in numbers
+    means = np.stack([(fire[0] + fire[1]) / 2, fire[5]])
+    grey = picture(np.full((8, 60, 3), 100, np.uint8))
+    one["previews"] = [
+        {
+            "id": "p",
+            "picture": grey,
+            "width": 60,
+            "height": 8,
+            "means": array(np.rint(65535 * means).astype(np.uint16)),
+            "cosines": unit(fire),
+        }
+    ]
+    one["counts"] = [2, 1]
+    data["prototypes"] |= {"digest": "d" * 32, "choices": []}
+    return data
+
+
+def test_choices_change_maps_at_once_and_are_saved(open_page: Open, tmp_path: Path) -> None:
+    page = open_page(choosing(), wait="prototype")
+    page.wait_for_selector("canvas[data-preview]")
+
+    def bright() -> str:
+        """Where the map is above half of its largest value: left, middle, right."""
+        row = np.array(page.evaluate(PIXELS, "p"), float)
+        parts = row[8], row[30], row[52]
+        return "".join(
+            "x" if part > min(row) + 0.5 * (max(row) - min(row)) else "." for part in parts
+        )
+
+    def choose(what: str, action: str) -> None:
+        page.select_option(f'select[aria-label="Choice about {what} of class 0"]', action)
+        page.wait_for_function("() => new Promise((done) => setTimeout(() => done(true), 50))")
+
+    assert bright() == "x.x"
+    choose("foreground prototype no. 0", "drop")
+    assert bright() == "..x"
+    assert "1 foreground and 1 context" in page.text_content("#choices-note")
+    choose("foreground prototype no. 1", "drop")
+    assert "No foreground prototype" in page.text_content("#choices-note")
+    choose("foreground prototype no. 1", "")
+    choose("foreground prototype no. 0", "keep")
+    choose("foreground prototype no. 1", "context")
+    assert bright() == "x.."
+    choose("context prototype no. 0", "drop")
+    page.fill(
+        'input[aria-label="Name of foreground prototype no. 0 of class 0"]', 'head: "top" – 头'
+    )
+    page.keyboard.press("Tab")
+    with page.expect_download() as waiting:
+        page.click("#save-choices")
+    file = waiting.value
+    assert file.suggested_filename == "prototypes.yaml"
+    file.save_as(tmp_path / "prototypes.yaml")
+    found = parse_choices((tmp_path / "prototypes.yaml").read_bytes(), "d" * 32, "x")
+    assert [(one.place, one.action, one.name, one.by) for one in settled(found)] == [
+        (("class 0", "context", 0), "drop", None, "person"),
+        (("class 0", "foreground", 0), "keep", 'head: "top" – 头', "person"),
+        (("class 0", "foreground", 1), "context", None, "person"),
+    ]
 
 
 def test_early_layers_have_maps_and_cards(open_page: Open) -> None:

@@ -119,8 +119,9 @@ def _explainer(
 def serve(call: Invocation, run: Path, port: int, device: str) -> int:
     """Serve a local page that explains uploaded images."""
     with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it
-        explainer = lpcam.RunFolder(run).explainer(device=device)
-        page.serve(explainer, port=port, threads=call.given_threads)
+        folder = lpcam.RunFolder(run)
+        explainer = folder.explainer(device=device)
+        page.serve(explainer, port=port, threads=call.given_threads, patch=folder.patch)
     return 0
 
 

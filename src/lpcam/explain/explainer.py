@@ -32,6 +32,7 @@ from lpcam.data.images import (
     to_rgb,
 )
 from lpcam.method.batches import class_indices
+from lpcam.method.choices import Choice
 from lpcam.method.early import EarlyPrototypes
 from lpcam.method.extractors import CAM, EARLY, LPCAM
 from lpcam.method.image_maps import MOST_MASK_VALUES, ImageMaps, Scoring, class_scores, descending
@@ -150,9 +151,8 @@ class Explainer:
                 raise DataError(f"{what} is {given!r}; expected one of {', '.join(known)}")
         self.score_side, self.maximum_side, self.reading = score_side, maximum_side, reading
         self.precision = PRECISIONS[precision]
-        vectors = prototypes.vectors(with_context=not foreground_only)
-        self.vectors = vectors.to(single(source.weight))
-        self.parts = prototypes.parts()
+        self.foreground_only = foreground_only
+        self._use(prototypes)
         self.made_by = {
             "fingerprint": prototypes.fingerprint,
             **_described(self.settings),
@@ -204,6 +204,18 @@ class Explainer:
             early=early,
             made_by={"model": Path(model).name, "prototypes": digest_file(path)},
         )
+
+    def _use(self, prototypes: Prototypes) -> None:
+        self.prototypes = prototypes
+        vectors = prototypes.vectors(with_context=not self.foreground_only)
+        self.vectors = vectors.to(single(self.classifier.weight))
+        self.parts = prototypes.parts()
+
+    def with_choices(self, choices: Sequence[Choice]) -> Self:
+        """A twin whose prototypes have more choices; raises as :meth:`Prototypes.with_choices`."""
+        twin = copy.copy(self)
+        twin._use(self.prototypes.with_choices(choices))
+        return twin
 
     def fast(self) -> Self:
         """A twin that maps images at scale 1 without their mirror images; the model is shared.

@@ -113,7 +113,7 @@ class Prototypes:
         vectors = zeros_on_demand(len(centers), centers.shape[2], like=centers)
         fitted = torch.nonzero(self.foreground.keep.any(1)).flatten().tolist()
         for index in fitted if classes is None else set(fitted).intersection(classes):
-            (foreground, wf), (context, wb) = (self._rows(index, side) for side in SIDES)
+            (foreground, wf), (context, wb) = (self.rows(index, side) for side in SIDES)
             given = context if with_context else None
             vectors[index] = foreground_minus_context(foreground, given, (wf, wb))
         return vectors
@@ -131,7 +131,7 @@ class Prototypes:
             if one.action == "context" and one.class_name == name
         ]
 
-    def _rows(self, index: int, side: SideName) -> tuple[Tensor, Tensor | None]:
+    def rows(self, index: int, side: SideName) -> tuple[Tensor, Tensor | None]:
         """The prototypes (K', C) of a side of a class and their weights (K',); None: all alike."""
         members = self.members(index, side)
         given = {one.place: one.weight for one in self.choices if one.weight is not None}

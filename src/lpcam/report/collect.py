@@ -105,6 +105,8 @@ def collect(inputs: Inputs) -> dict[str, Any]:
                 "mu_b_lower": settings.context_lower,
                 **{name: getattr(settings, name) for name in ("restarts", "tau", "mu_f", "mu_b")},
             },
+            "digest": fitted.prototypes.digest,
+            "choices": [one.as_json() for one in fitted.prototypes.choices],
             "early": [] if fitted.early is None else list(fitted.early.prototypes.layers),
             "classes": prototype_records(
                 fitted, searched, sharing, count=section.prototypes, patches=section.patches

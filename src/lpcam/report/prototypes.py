@@ -21,7 +21,7 @@ from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side
 from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.resize import resize
-from lpcam.explain.web import encode_picture, encode_unit
+from lpcam.explain.web import encode_array, encode_picture, encode_unit
 from lpcam.method.choices import Choice
 from lpcam.method.early import EarlyPrototypes, centred
 from lpcam.method.functional import normalize, split
@@ -35,6 +35,9 @@ from lpcam.runtime.distributed import Sharing
 PATCH = 64  #: Side of a patch in the page, in pixels.
 _PATCH_CELLS = 5  # side of a patch in the image, in cells of the feature grid
 _MOST_PATCHES = 1600  # in a page (about 2 MB); with many classes fewer prototypes of each are shown
+_PREVIEWS = 12  # images of a class whose map follows the choices in the page
+_MOST_PREVIEWS = 120  # in a page (about 3 MB)
+_PREVIEW = 160  # their long side, in pixels
 _EARLY_CENTRES = 3  # shown of each class, side and early layer
 _EARLY_IMAGES = 24  # of each class that are searched for the places of early layers
 #: An image's name, its features (C, h, w), and where each of M prototypes may lie, bool (M, h, w).
@@ -160,6 +163,7 @@ def prototype_records(
     classes = fitted.prototypes.classes
     chosen = {one.place: one for one in fitted.prototypes.choices}
     count = max(1, min(count, _MOST_PATCHES // (len(classes) * len(SIDES) * patches)))
+    images = max(1, min(_PREVIEWS, _MOST_PREVIEWS // len(classes)))
     both: dict[SideName, Centers] = {side: getattr(fitted.prototypes, side) for side in SIDES}
 
     @torch.inference_mode()
@@ -177,6 +181,7 @@ def prototype_records(
                 rule = ", ".join([*words, *filter(None, [of.fire_text(index, number)])])
                 size = int(of.sizes[index, number])
                 card = {"number": number, "score": score, "size": size, "kept": keep, "rule": rule}
+                card["moved"] = choice is not None and choice.action == "context"
                 cards.append(card | {"patches": [], "map": None, "range": None})
                 shown.append((of.centers[index, number], side, cards[-1]))
             sides[side] = {"total": total, "kept": kept, "prototypes": cards}
@@ -189,9 +194,33 @@ def prototype_records(
             example = {"id": item.id, **thumbnail_record(item.read())}
             if fitted.early is not None:
                 sides |= _early_sides(fitted.early, own, index, item, patches)
-        return {"class": index, "example": example, "sides": sides}
+        previews = [_preview(fitted, item, index, shown) for item in own[:images] if shown]
+        counts = [len(fitted.prototypes.members(index, side)) for side in SIDES]
+        found = {"class": index, "example": example, "sides": sides}
+        return {**found, "counts": counts, "previews": previews}
 
     return run_all(sharing, record, range(len(classes)), "report: prototypes")
+
+
+def _preview(fitted: Fitted, item: Item, index: int, shown: Sequence[Shown]) -> dict[str, Any]:
+    """An image, and what the page makes its map of a class at scale 1 of as choices change.
+
+    These are the mean cosine to the prototypes of each side, and the cosine to each that is shown,
+    as shares of the range from -1 to 1.
+    """
+    features = F.normalize(fitted.features(item).float(), dim=0)
+    rows = [fitted.prototypes.rows(index, side)[0] for side in SIDES]
+    rows.append(torch.stack([vector for vector, _, _ in shown]))
+    units = [F.normalize(one.to(features), dim=1) for one in rows]
+    means, cosines = torch.stack([one.sum(0) / max(1, len(one)) for one in units[:2]]), units[2]
+    whole = torch.einsum("kc,chw->khw", torch.cat([means, cosines]), features)
+    planes = (small_planes(whole.cpu().numpy()).clip(-1, 1) + 1) / 2
+    return {
+        "id": item.id,
+        **thumbnail_record(item.read(), _PREVIEW),
+        "means": encode_array(np.rint(65535 * planes[:2]).astype(np.uint16)),
+        "cosines": encode_unit(planes[2:]),
+    }
 
 
 def _early_sides(

@@ -405,6 +405,12 @@
     if (!root) return;
     const { rule, classes: all } = data.prototypes;
     const chooser = byId("prototype-class"), sides = byId("sides"), example = byId("example");
+    const choices = choicesOf(data.prototypes.digest, data.prototypes.choices ?? [], () => preview());
+    const own = (index, side, one) => ({ class: name(index), side, index: one.number });
+    byId("save-choices").addEventListener("click", () => {
+      choices.save();
+      byId("choices-note").textContent = "Saved prototypes.yaml. Next: lpcam run RUN/recipe.yaml --run.folder RUN --lpcam.choices prototypes.yaml";
+    });
     let turn = 0;
     chooser.append(...all.map((one, index) => make("option", { value: String(index), textContent: name(one.class) })));
 
@@ -436,7 +442,57 @@
         make("span", { className: "why" }, ...symbols(one.rule),
           ...(scored ? [make("br"), `${one.size.toLocaleString("en")} region${one.size === 1 ? "" : "s"} in the group`] : [])));
       button.addEventListener("click", () => choose(side, one, button));
-      return make("li", {}, button);
+      return make("li", {}, button, ...(scored ? [choices.controls(own(all[Number(chooser.value)].class, side, one))] : []));
+    };
+
+    // The side on which a prototype counts: 0 foreground, 1 context, -1 none; as the run had it, and as chosen.
+    const before = (side, one) => (one.moved ? 1 : !one.kept ? -1 : side === "foreground" ? 0 : 1);
+    const after = (index, side, one) => {
+      const action = choices.actionOf(own(index, side, one));
+      return { keep: side === "foreground" ? 0 : 1, drop: -1, context: 1 }[action] ?? before(side, one);
+    };
+    // Maps of some images of the class at scale 1: the mean cosine to each side, with what was chosen here.
+    let previewed = 0;
+    const preview = async () => {
+      const one = all[Number(chooser.value)], mine = ++previewed;
+      const cards = ["foreground", "context"].flatMap((side) => one.sides[side].prototypes.map((card) => [side, card]));
+      const moves = cards.map(([side, card]) => [before(side, card), after(one.class, side, card)]);
+      const counts = [...(one.counts ?? [0, 0])];
+      moves.forEach(([from, to]) => {
+        if (from >= 0) counts[from] -= 1;
+        if (to >= 0) counts[to] += 1;
+      });
+      byId("choices-note").textContent = counts[0] ? `LPCAM of ${name(one.class)} at scale 1, from ${counts[0]} foreground and ${counts[1]} context prototypes:`
+        : `No foreground prototype of ${name(one.class)} is left, so there is no map. Keep one of them.`;
+      const figures = await Promise.all((one.previews ?? []).map(async (entry) => {
+        const { shape: [, h, w], values: means } = await unpackOnce(entry.means);
+        const { values: cosines } = await unpackOnce(entry.cosines);
+        const map = new Float32Array(h * w);
+        const sums = [new Float32Array(h * w), new Float32Array(h * w)];
+        for (let side = 0; side < 2; side++) {
+          for (let i = 0; i < h * w; i++) sums[side][i] = ((2 * means[side * h * w + i]) / 65535 - 1) * (one.counts[side]);
+        }
+        moves.forEach(([from, to], k) => {
+          if (from === to) return;
+          for (let i = 0; i < h * w; i++) {
+            const cosine = (2 * cosines[k * h * w + i]) / 255 - 1;
+            if (from >= 0) sums[from][i] -= cosine;
+            if (to >= 0) sums[to][i] += cosine;
+          }
+        });
+        let top = 0;
+        for (let i = 0; i < h * w; i++) {
+          map[i] = counts[0] ? Math.max(0, sums[0][i] / counts[0] - (counts[1] ? sums[1][i] / counts[1] : 0)) : 0;
+          top = Math.max(top, map[i]);
+        }
+        const plane = map.map((value) => (top ? (255 * value) / top : 0));
+        const canvas = blank({ dataset: { preview: entry.id } });
+        const base = background(await picture(entry.picture), entry.width, entry.height);
+        paint(canvas, base, (pixels) => paintHeat(pixels, enlarge(plane, 0, h, w, entry.height, entry.width), heat, 0.75));
+        canvas.setAttribute("aria-label", `LPCAM of ${name(one.class)} on ${entry.id} with these choices`);
+        return make("figure", {}, canvas);
+      }));
+      if (mine === previewed) byId("previews").replaceChildren(...figures);
     };
 
     const show = async () => {
@@ -485,8 +541,9 @@
         caption.replaceChildren(isolated(one.example.id));
       }
     };
-    chooser.addEventListener("change", show);
+    chooser.addEventListener("change", () => { show(); preview(); });
     show();
+    preview();
   };
 
   // -- Classes that look alike -----------------------------------------------------------------

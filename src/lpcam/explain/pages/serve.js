@@ -46,6 +46,22 @@
     byId("quality-row").hidden = about.scales.join() === "1" && !about.flip; // both qualities are the same
   };
 
+  // Prototypes with pictures, if the run has a report; a choice about one makes the maps again.
+  let prototypes = { cards: [] };
+  let choices = null;
+  const learnPrototypes = async () => {
+    if (choices) return;
+    prototypes = await (await ask("prototypes")).json();
+    choices = choicesOf(prototypes.digest, prototypes.choices, () => take(shown.photograph));
+    byId("prototypes").hidden = !prototypes.cards.length;
+  };
+  const chosenText = () => JSON.stringify(choices?.list() ?? []);
+  const drawCards = (name) => byId("cards").replaceChildren(...prototypes.cards.filter((one) => one.class === name).map((one) =>
+    make("li", { className: "card" },
+      make("img", { src: one.picture, alt: "", width: 64, height: 64 }),
+      make("p", { textContent: `${one.side} no. ${one.index}, score ${one.score.toFixed(2)}${one.kept ? "" : ", rejected"}` }),
+      choices.controls({ class: one.class, side: one.side, index: one.index }))));
+
   // -- Maps and masks ------------------------------------------------------------------------------------
 
   // Class maps, one array of values from 0 to 255 each.
@@ -92,12 +108,14 @@
   const inside = () => shown.classes.flatMap((one, k) => (one.box.checked ? [k] : []));
   const chosen = () => Math.max(0, shown.classes.findIndex((one) => one.radio.checked));
 
+  let cardsOf = null; // the class whose prototypes are shown
   const drawMaps = () => {
     const k = chosen();
     const { name } = shown.classes[k];
     const opacity = Number(byId("opacity").value);
     byId("opacity-value").textContent = percent(opacity);
     document.querySelectorAll(".of").forEach((one) => { one.textContent = `of ${name}`; });
+    if (cardsOf !== name) drawCards(cardsOf = name);
     for (const method of ["CAM", "LPCAM"]) {
       const canvas = byId(method.toLowerCase());
       drawHeat(canvas, shown.planes[method][k], opacity);
@@ -141,7 +159,9 @@
     one.radio.id = `show-${k}`;
     one.box = input("checkbox", "Mask of", one.predicted);
     one.share = make("td", { className: "number" });
-    const label = make("label", { htmlFor: one.radio.id }, swatch, make("bdi", { textContent: one.name }));
+    const parts = Object.entries(one.parts).sort((a, b) => b[1] - a[1]).map(([part, share]) => `${percent(share)} ${part}`);
+    const label = make("label", { htmlFor: one.radio.id }, swatch, make("bdi", { textContent: one.name }),
+      ...(parts.length ? [make("small", { className: "parts", textContent: ` ${parts.join(", ")}` })] : []));
     const meter = make("meter", { value: one.score, aria: { "aria-label": `Score of ${one.name}` } });
     return make("tr", { className: one.predicted ? "predicted" : "" },
       make("th", { scope: "row" }, label),
@@ -212,7 +232,9 @@
     byId("viewer").classList.add("stale");
     try {
       await learn();
-      const answer = await (await upload(`maps?quality=${quality}`, photograph)).json();
+      await learnPrototypes();
+      const query = new URLSearchParams({ quality, choices: chosenText() });
+      const answer = await (await upload(`maps?${query}`, photograph)).json();
       if (mine !== turn) return;
       await show(answer, photograph, name, quality);
     } catch (error) {
@@ -230,6 +252,7 @@
       threshold: byId("threshold").value,
       method: byId("method").value,
       quality: shown.quality,
+      choices: chosenText(),
       classes: inside().map((k) => shown.classes[k].index).join(","),
     });
     const name = `${shown.name.replace(/\.[^.]*$/, "").replace(/[^\p{L}\p{N} ._-]/gu, "_") || "photograph"}.mask.png`;
@@ -238,11 +261,7 @@
     say("Computing the mask at full size …");
     try {
       const blob = await (await upload(`mask?${query}`, photograph)).blob();
-      const link = document.createElement("a");
-      link.href = URL.createObjectURL(blob);
-      link.download = name;
-      link.click();
-      setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+      download(blob, name);
       say(`Saved as ${name}.`);
     } catch (error) {
       say("");
@@ -281,6 +300,7 @@
   });
   byId("quality").addEventListener("click", () => take(shown.photograph, shown.quality === "full" ? "fast" : "full"));
   byId("save").addEventListener("click", save);
+  byId("save-choices").addEventListener("click", () => choices.save());
 
   learn().catch((error) => complain(error.message));
 })();

@@ -1,6 +1,6 @@
 "use strict";
 // Helpers of the report and of the served page. Text is always inserted as text, never as HTML.
-const { byId, make, unpack, background, heatColours, paint, blend, paintHeat, drawRamp } = (() => {
+const { byId, make, unpack, background, heatColours, paint, blend, paintHeat, drawRamp, download, choicesOf } = (() => {
   const byId = (id) => document.getElementById(id);
 
   const make = (tag, properties = {}, ...children) => {
@@ -61,5 +61,48 @@ const { byId, make, unpack, background, heatColours, paint, blend, paintHeat, dr
       context.fillRect(value / 2, 0, 1, 10);
     });
   };
-  return { byId, make, unpack, background, heatColours, paint, blend, paintHeat, drawRamp };
+  const download = (blob, name) => {
+    const link = make("a", { href: URL.createObjectURL(blob), download: name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+  };
+
+  // Choices about prototypes, as lpcam.method.choices: those there are, and controls that change them.
+  const choicesOf = (digest, given, changed) => {
+    const all = new Map();
+    const key = (one) => [one.class, one.side, one.index].join("\n");
+    given.forEach((one) => all.set(key(one), { ...one }));
+    const actionOf = (one) => all.get(key(one))?.action ?? "";
+    const set = (one, field, value) => {
+      const next = { reason: "", ...one, ...all.get(key(one)), by: "person" };
+      if (value) next[field] = value;
+      else delete next[field];
+      if (next.action || next.name || next.weight) all.set(key(one), next);
+      else all.delete(key(one));
+      changed(field);
+    };
+    // one: class, side and index of a prototype
+    const controls = (one) => {
+      const what = `${one.side} prototype no. ${one.index} of ${one.class}`;
+      const words = [["", "as fitted"], ["keep", "keep"], ["drop", "drop"], ["context", "it is context"]];
+      const action = make("select", { className: "action", aria: { "aria-label": `Choice about ${what}` } },
+        ...words.filter(([value]) => value !== "context" || one.side === "foreground")
+          .map(([value, textContent]) => make("option", { value, textContent })));
+      action.value = actionOf(one);
+      action.addEventListener("change", () => set(one, "action", action.value));
+      const part = make("input", { type: "text", maxLength: 60, placeholder: "name", value: all.get(key(one))?.name ?? "",
+        aria: { "aria-label": `Name of ${what}` } });
+      part.addEventListener("change", () => set(one, "name", part.value.trim()));
+      return make("div", { className: "choice" }, action, ...(one.side === "foreground" ? [part] : []));
+    };
+    const list = () => [...all.values()];
+    const save = () => {
+      // JSON is YAML, but for the control characters
+      const row = (one) => `- ${JSON.stringify(one).replace(/[\u007f-\u009f]/g, (c) => `\\u00${c.charCodeAt(0).toString(16)}`)}\n`;
+      const text = `format: 1\nprototypes: ${digest}\nchoices:${all.size ? "" : " []"}\n${list().map(row).join("")}`;
+      download(new Blob([text], { type: "application/yaml" }), "prototypes.yaml");
+    };
+    return { actionOf, controls, list, save };
+  };
+  return { byId, make, unpack, background, heatColours, paint, blend, paintHeat, drawRamp, download, choicesOf };
 })();

@@ -7,9 +7,11 @@ photograph is kept.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import socket
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -23,8 +25,12 @@ from lpcam.data.masks import voc_palette
 from lpcam.data.resize import scaled_size
 from lpcam.explain.explainer import MINIMUM_SCORE, Explainer
 from lpcam.explain.web import encode_picture, encode_unit, page_environment, page_file
+from lpcam.method.choices import Choice
 from lpcam.method.image_maps import METHOD_NAMES, ImageMaps, resize_maps
+from lpcam.method.prototypes import Prototypes
+from lpcam.method.reservoir import SIDES
 from lpcam.runtime.errors import ImageError, LpcamError, import_extra
+from lpcam.runtime.files import read_bytes
 from lpcam.runtime.resources import available_threads
 
 if TYPE_CHECKING:
@@ -63,8 +69,17 @@ class RefusedError(LpcamError):
         self.status = status
 
 
-def serve(explainer: Explainer, *, port: int = 8765, threads: int | None = None) -> None:
+def serve(
+    explainer: Explainer,
+    *,
+    port: int = 8765,
+    threads: int | None = None,
+    patch: Callable[[int, str, int], Path] | None = None,
+) -> None:
     """Serve the page of an explainer until interrupted; port 0 is any free one.
+
+    ``patch`` gives the picture of a prototype by class, side and number; those that have one are
+    shown, to be corrected.
 
     LpcamError if the port is taken. Without ``threads``, all that this process may use are used.
     """
@@ -72,7 +87,7 @@ def serve(explainer: Explainer, *, port: int = 8765, threads: int | None = None)
     name = str(explainer.made_by.get("run", "a model"))
     with _listen(port) as listener:
         port = listener.getsockname()[1]
-        app = application(explainer, name=name, port=port, threads=threads)
+        app = application(explainer, name=name, port=port, threads=threads, patch=patch)
         quiet: dict[str, Any] = {"access_log": False, "server_header": False}
         config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", **quiet)
         print(f"LPCAM of {name} on http://{ADDRESS}:{port}/ (stop with Ctrl+C)", flush=True)
@@ -93,7 +108,12 @@ def _listen(port: int) -> socket.socket:
 
 
 def application(
-    explainer: Explainer, *, name: str, port: int, threads: int | None = None
+    explainer: Explainer,
+    *,
+    name: str,
+    port: int,
+    threads: int | None = None,
+    patch: Callable[[int, str, int], Path] | None = None,
 ) -> ASGIApp:
     """The web application; arguments as of :func:`serve`."""
     import_extra("starlette", "serve", _NEEDED)
@@ -120,7 +140,7 @@ def application(
         quality = request.query_params.get("quality", "fast")
         if quality not in explainers:
             raise RefusedError(422, f"quality must be one of {', '.join(explainers)}")
-        return explainers[quality]
+        return _corrected(explainers[quality], request.query_params.get("choices", "[]"))
 
     async def maps(request: Request) -> Response:
         chosen = asked(request)
@@ -150,6 +170,9 @@ def application(
         retry = {"retry-after": "3"} if status == 503 else {}
         return JSONResponse({"error": str(error)}, status, headers=retry)
 
+    async def prototypes(_request: Request) -> Response:
+        return JSONResponse(_cards(explainer.prototypes, patch))
+
     page = page_environment().get_template("serve.html.jinja").render()
     script = page_file("shared.js") + page_file("serve.js")
     app = Starlette(
@@ -158,6 +181,7 @@ def application(
             Route("/page.css", static(page_file("page.css"), "text/css")),
             Route("/page.js", static(script, "text/javascript")),
             Route("/about", static(json.dumps(about), "application/json")),
+            Route("/prototypes", prototypes),
             Route("/maps", maps, methods=["POST"]),
             Route("/mask", mask, methods=["POST"]),
         ],
@@ -260,6 +284,33 @@ def _decoded(data: bytes, reading: Reading) -> NDArray[np.uint8]:
         raise RefusedError(415, f"{reason}; send a JPEG, PNG, WebP, TIFF, GIF or BMP") from None
 
 
+def _corrected(explainer: Explainer, text: str) -> Explainer:
+    """The explainer with choices of the page, given as JSON."""
+    try:
+        choices = [Choice.of_json(one) for one in json.loads(text)]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RefusedError(422, f"the choices cannot be read: {error}") from None
+    return explainer.with_choices(choices) if choices else explainer
+
+
+def _cards(prototypes: Prototypes, patch: Callable[[int, str, int], Path] | None) -> dict[str, Any]:
+    """The prototypes that have a picture, and the choices about them."""
+    cards = []
+    for index, name in enumerate(prototypes.classes if patch else ()):
+        for side in SIDES:
+            centers = getattr(prototypes, side)
+            for number in torch.nonzero(centers.sizes[index]).flatten().tolist():
+                assert patch is not None
+                if (path := patch(index, side, number)).is_file():
+                    own = {"class": name, "side": side, "index": number}
+                    own["score"] = round(float(centers.scores[index, number]), 3)
+                    own["kept"] = bool(centers.keep[index, number])
+                    data = base64.b64encode(read_bytes(path)).decode()
+                    cards.append({**own, "picture": f"data:image/webp;base64,{data}"})
+    choices = [one.as_json() for one in prototypes.choices]
+    return {"digest": prototypes.digest, "choices": choices, "cards": cards}
+
+
 def _mask_request(query: Mapping[str, str], explainer: Explainer) -> tuple[list[str], float, Any]:
     """Classes, threshold and method of a requested mask."""
     count, method = len(explainer.classes), query.get("method", "LPCAM")
@@ -299,6 +350,7 @@ def answer_of(maps: ImageMaps, explainer: Explainer) -> dict[str, Any]:
                 "index": explainer.classes.index(name),
                 "predicted": score > MINIMUM_SCORE,
                 "color": palette[value].tolist(),
+                "parts": maps.shares(name),
             }
             for name, score, value in zip(maps.classes, maps.scores, maps.mask_ids, strict=True)
         ],

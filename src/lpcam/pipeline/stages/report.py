@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from lpcam.classifiers.feature_store import FeatureStore
 from lpcam.data.dataset import Item
 from lpcam.method.early import EarlyPrototypes
+from lpcam.method.reservoir import SIDES
 from lpcam.pipeline.cache import Record, Result, Task
 from lpcam.pipeline.context import Context, required
 from lpcam.pipeline.run_folder import RESULTS
@@ -97,7 +99,14 @@ def _page(context: Context) -> str:
         trained=_segmenters(context, metrics),
         **shown,
     )
-    return render(collect(inputs))
+    data = collect(inputs)
+    for one in data["prototypes"]["classes"]:
+        for side in SIDES:
+            for card in one["sides"][side]["prototypes"]:
+                for patch in card["patches"][:1]:
+                    picture = base64.b64decode(patch["picture"].partition(",")[2])
+                    write_bytes(folder.patch(one["class"], side, card["number"]), picture)
+    return render(data)
 
 
 def _early(context: Context, store: FeatureStore) -> Early | None:
