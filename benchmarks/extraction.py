@@ -46,6 +46,7 @@ from benchmarks.measure import (
 )
 from benchmarks.photographs import classifier, equal_size, photographs
 from lpcam.classifiers.classifier import Classifier
+from lpcam.classifiers.engines import accelerated, choose_engine
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.data.dataset import Item
 from lpcam.data.images import read_image
@@ -151,7 +152,7 @@ def latency(
     ):
         model = classifier(weights, found.classes, quick=quick).to(device)
         settings = LpcamSettings.from_preset(PRESET)
-        full = Explainer(extractors(model, found.items, settings)[1], settings=settings)
+        lpcam = extractors(model, found.items, settings)[1]
         item = found.items[0]
         size = (96, 128) if quick else SIZE
         path = Path(folder, "photograph.jpg")
@@ -163,9 +164,12 @@ def latency(
             return json.dumps(answer_of(maps, explainer))
 
         calls: dict[str, Callable[[], object]] = {}
-        for quality, explainer in (("fast", full.fast()), ("full", full)):
-            calls[f"explain, {quality}"] = partial(explainer, path, labels=label)
-            calls[f"serve, {quality}"] = partial(answer, explainer)
+        for engine in dict.fromkeys(("torch", choose_engine("auto", torch.device(device)))):
+            folded = partial(accelerated, engine=engine)
+            full = Explainer(lpcam, settings=settings, folded=folded)
+            for quality, explainer in (("fast", full.fast()), ("full", full)):
+                calls[f"explain, {engine}, {quality}"] = partial(explainer, path, labels=label)
+                calls[f"serve, {engine}, {quality}"] = partial(answer, explainer)
         return interleaved(calls, repetitions=repetitions, device=device)
 
 
@@ -330,6 +334,10 @@ def against_peer(
         "CAM, this package": our_maps(cam, images, classes),
         "LPCAM, this package": our_maps(lpcam, images, classes),
     }
+    engine = choose_engine("auto", torch.device(device))
+    if engine != "torch":
+        fast = CAM(accelerated(model, engine), settings)
+        calls[f"CAM, this package, {engine}"] = our_maps(fast, images, classes)
     agreement = {}
     if has_peer():
         for method in (*COMPARABLE, *INFORMATION):
@@ -428,7 +436,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         table(["threads", "path", "CAM, an image", "LPCAM, an image", "LPCAM ÷ CAM", "goal"], rows)
     )
     print("\nOne photograph of 375 × 500 pixels, from its file; *fast* is scale 1 without flip:\n")
-    print(table(["threads", "command, quality", "time", "goal, s"], waits))
+    print(table(["threads", "command, engine, quality", "time", "goal, s"], waits))
     print("\nOne label for each image among 20 and 1,000 classes, 224 pixels, random weights:\n")
     titles = ["model", "call", "20", "1,000", "÷", "peak, 20", "peak, 1,000", "÷", "goal"]
     print(table(titles, classes_rows(options)))
