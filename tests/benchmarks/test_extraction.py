@@ -42,7 +42,7 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     assert "| 1 | `CAM`, `LPCAM` |" in printed
     assert "| 1 | a run's functions, from file |" in printed
     assert "| 1 | LPCAM, this package |" in printed
-    assert "| 1 | `serve, fast` |" in printed
+    assert "| 1 | `serve, torch, fast` |" in printed
     assert ("| 1 | GradCAM |" in printed) == extraction.has_peer()
     assert (EXTRA in printed) == (not extraction.has_peer())
 
