@@ -12,6 +12,7 @@ from explaining import collected_pages  # noqa: F401 - the fixture "collected"
 from tiny import draw_folder, recipe_values, times
 
 from lpcam.cli.main import main
+from lpcam.method.reservoir import SIDES
 from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import report, run
 from lpcam.runtime.errors import ArtefactError
@@ -156,3 +157,12 @@ def test_a_run_that_chooses(finished: Values, tmp_path: Path, collected: list[An
     used = next(one for one in page["ways"] if one["chosen"])["fusion"] != "none"
     assert bool(page["prototypes"]["early"]) == used
     assert "What the run chose" in result.report.read_text()
+
+    # made again without the run's features, and so without mirror images
+    report(tmp_path / "run")
+    again = collected[1]
+    assert (again["images"], again["confusions"]) == (page["images"], page["confusions"])
+    for one, other in zip(
+        again["prototypes"]["classes"], page["prototypes"]["classes"], strict=True
+    ):
+        assert all(one["sides"][side] == other["sides"][side] for side in SIDES)

@@ -130,6 +130,7 @@ def fitted(**others: Any) -> Fitted:
 
 def test_prototype_records(items: list[Item]) -> None:
     cow, dog = prototype_records(fitted(), items, SHARING, **SHOWN)
+    assert [cow, dog] == prototype_records(fitted(), items, Sharing(), **SHOWN)
     assert [cow["class"], dog["class"]] == [0, 1]
     assert cow["example"]["id"] == "i0"  # of this class alone
     assert dog["example"]["id"] == "i1"
