@@ -299,3 +299,31 @@ def test_a_taken_port_is_refused() -> None:
         server._listen(70000)
     with server._listen(0) as listener:
         assert listener.getsockname()[0] == "127.0.0.1"
+
+
+@pytest.mark.parametrize("choices", ["{", "3", "[3]", '[{"class": "red"}]', "[" * 9999])
+def test_choices_that_cannot_be_read_are_refused(
+    client: TestClient, photograph: bytes, choices: str
+) -> None:
+    answer = client.post(
+        "/maps",
+        params={"choices": choices},
+        content=photograph,
+        headers={"Content-Type": "image/png"},
+    )
+    assert answer.status_code == 422
+    unknown = '[{"class": "pink", "side": "foreground", "index": 0, "action": "drop"}]'
+    answer = client.post(
+        "/maps",
+        params={"choices": unknown},
+        content=photograph,
+        headers={"Content-Type": "image/png"},
+    )
+    assert (answer.status_code, "pink" in answer.json()["error"]) == (422, True)
+
+
+def test_prototypes_without_pictures_are_not_shown(
+    client: TestClient, explainer: Explainer
+) -> None:
+    found = client.get("/prototypes").json()
+    assert found == {"digest": explainer.prototypes.digest, "choices": [], "cards": []}

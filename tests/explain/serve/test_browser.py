@@ -18,6 +18,7 @@ from tiny import draw_image
 from lpcam.data.masks import read_index_mask
 from lpcam.explain.explainer import Explainer
 from lpcam.explain.serve import app as server
+from lpcam.method.choices import Choice
 from lpcam.method.seeds import seeds
 from lpcam.pipeline.run_folder import RunFolder
 
@@ -30,13 +31,17 @@ SMALL = {"width": 360, "height": 740}
 class Served:
     """A page on a free port, and what answers it."""
 
-    def __init__(self, explainer: Explainer) -> None:
+    def __init__(self, explainer: Explainer, patches: Path) -> None:
         self.explainer = explainer
         self.socket = socket.socket()
         self.socket.bind(("127.0.0.1", 0))
         self.home = f"http://127.0.0.1:{self.socket.getsockname()[1]}/"
         app = server.application(
-            explainer, name=f"{HOSTILE} run", port=self.socket.getsockname()[1], threads=1
+            explainer,
+            name=f"{HOSTILE} run",
+            port=self.socket.getsockname()[1],
+            threads=1,
+            patch=lambda *place: patches / f"{'-'.join(map(str, place))}.webp",
         )
         config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none")
         self.server = uvicorn.Server(config)
@@ -53,10 +58,14 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def served(run: Path) -> Iterator[Served]:
+def served(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     explainer = RunFolder(run).explainer(device="cpu")
     explainer.classes = (HOSTILE, *explainer.classes[1:])
-    served = Served(explainer)
+    patches = tmp_path_factory.mktemp("patches")
+    red = explainer.prototypes.foreground.sizes[2]
+    for number in range(int((red > 0).sum())):
+        Image.new("RGB", (8, 8), "red").save(patches / f"2-foreground-{number}.webp")
+    served = Served(explainer, patches)
     yield served
     served.stop()
 
@@ -313,3 +322,48 @@ def test_hostile_names_are_text(page: Any, photograph: Path) -> None:
     assert page.locator("#classes img").count() == 0
     assert page.locator("#run").text_content() == f"of {HOSTILE} run"
     assert '<b>"cow"' in page.locator("#status").text_content()
+
+
+def test_choices_about_prototypes_change_the_maps(
+    page: Any, served: Served, photograph: Path, tmp_path: Path
+) -> None:
+    explainer, plain = served.explainer, served.explainer.fast().highest(photograph, 3)
+    numbers = list(range(int((explainer.prototypes.foreground.sizes[2] > 0).sum())))
+    assert len(numbers) > 1
+    upload(page, photograph)
+    page.locator("#classes th label", has_text="red").click()
+    assert page.locator("#cards li").count() == len(numbers)
+    before = pixels(page, "#lpcam")
+
+    def change(number: int, **chosen: str) -> None:
+        what = f"foreground prototype no. {number} of red"
+        page.locator("#viewer:not(.stale)").wait_for()
+        with page.expect_response("**/maps*"):
+            if "action" in chosen:
+                page.select_option(f'select[aria-label="Choice about {what}"]', chosen["action"])
+            else:
+                page.fill(f'input[aria-label="Name of {what}"]', chosen["name"])
+                page.keyboard.press("Tab")
+        page.locator("#viewer:not(.stale)").wait_for()
+
+    for number in numbers[1:]:
+        change(number, action="keep")
+    change(numbers[0], action="drop")
+    change(numbers[1], name="lid")
+    after = pixels(page, "#lpcam")
+    choices = [Choice("red", "foreground", n, "keep") for n in numbers[1:]]
+    choices += [Choice("red", "foreground", numbers[0], "drop")]
+    choices += [Choice("red", "foreground", numbers[1], name="lid")]
+    corrected = explainer.fast().with_choices(choices)
+    maps = corrected.highest(photograph, 3)
+    assert np.abs(maps.lpcam - plain.lpcam).max() > 0.05
+    assert (after != before).any()
+    expected = maps.overlay(name="red").astype(int)
+    assert np.abs(after.astype(int) - expected).mean() < 4
+    assert "lid" in page.locator("#classes th .parts").first.text_content()
+    with page.expect_download() as waiting:
+        page.click("#save-choices")
+    waiting.value.save_as(tmp_path / "prototypes.yaml")
+    assert explainer.prototypes.chosen(tmp_path / "prototypes.yaml", "equal").choices == (
+        corrected.prototypes.choices
+    )
