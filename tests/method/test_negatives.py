@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lpcam.method.choices import Choice
+from lpcam.method.extractors import LPCAM
 from lpcam.method.negatives import Seen, best_cosines, compare, fire_rates, margins
 from lpcam.method.prototypes import Centers, Prototypes
-from lpcam.method.settings import NegativeSettings
+from lpcam.method.settings import LpcamSettings, NegativeSettings
+from lpcam.runtime.errors import ClassifierError
 
 COW, HORN, WALL, GRASS = torch.eye(4)
 BOTH = NegativeSettings(reject_by="all")
@@ -137,3 +139,47 @@ def test_fire_rates_are_saved(prototypes: Prototypes, own: list[Seen], tmp_path:
     rates = Prototypes.load(tmp_path / "p.safetensors").foreground.fire
     assert rates is not None and made.foreground.fire is not None
     assert rates[0].isnan().all() and torch.equal(rates[1], made.foreground.fire[0])
+
+
+def picture(*colours: Tensor) -> Tensor:
+    """An image (3, 64, 64) whose columns have these colours, an equal share each."""
+    columns = torch.stack(colours, dim=1).repeat_interleave(64 // len(colours), dim=1)
+    return columns[:, None].expand(3, 64, 64)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+def test_fit_with_negatives(labelled: bool) -> None:
+    red, green, blue = torch.eye(3)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 1, bias=False), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 2)
+    )
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(3).repeat(2, 1)[:, :, None, None])
+        model[3].weight.copy_(torch.tensor([[9.0, 9.0, -9.0], [-9.0, -9.0, 9.0]]).repeat(1, 2))
+    images = torch.stack([picture(red, green), picture(red, red, green, green), picture(blue)])
+    settings = LpcamSettings.from_preset("frozen", clusters=2, restarts=1, scales=(1.0,))
+    lpcam = LPCAM(model, settings, target_layer="0")
+    loader = [(images, torch.tensor([0, 0, 1]))]
+    plain = lpcam.fit(loader)(images[:1], present=False)[0, 0]
+    assert plain[0, 0] > 0.5 and plain[0, -1] > 0.5  # cow before a green wall
+    walls = torch.stack([picture(green), picture(green)])
+    lpcam.fit(loader, negatives=[(walls, [0, 0])] if labelled else [walls])
+    assert [one.by for one in lpcam.prototypes_.choices] == ["negatives"]
+    maps = lpcam(images[:1])[0, 0]
+    assert maps[0, 0] > 0.5 and maps[0, -1] == 0
+    assert lpcam.fit(loader).prototypes_.foreground.fire is None
+    with pytest.raises(ClassifierError, match="iterator"):
+        lpcam.fit(loader, negatives=iter([walls]))
+
+
+def test_negatives_train_a_new_head() -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU())
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    loader = [(images, torch.tensor([0, 1, 0, 1]))]
+    heads = [
+        LPCAM(backbone, "frozen", classes=("a", "b"), target_layer="1")
+        .fit(loader, more)
+        .source_.weight
+        for more in (None, [images.flip(0) * 0.5])
+    ]
+    assert not torch.equal(*heads)
