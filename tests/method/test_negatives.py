@@ -16,6 +16,7 @@ from lpcam.runtime.errors import ClassifierError
 
 COW, HORN, WALL, GRASS = torch.eye(4)
 BOTH = NegativeSettings(reject_by="all")
+FOLDER = NegativeSettings(reject_by="folder")
 
 
 def centers(*rows: Tensor, kept: int | None = None) -> Centers:
@@ -75,8 +76,9 @@ def test_margins_look_at_the_hardest_images() -> None:
 
 def test_walls_without_a_cow_reject_the_wall(prototypes: Prototypes, own: list[Seen]) -> None:
     walls = [see(prototypes, None, WALL, GRASS), *[see(prototypes, None, GRASS)] * 9]
-    made = compare(prototypes, [*own, *walls], NegativeSettings())
+    made = compare(prototypes, [*own, *walls], FOLDER)
     assert dropped(made) == [1]
+    assert not compare(prototypes, [*own, *walls], NegativeSettings()).choices
     assert made.foreground.keep.tolist() == [[True, False, True, False]]
     assert made.foreground.fire is not None
     rates = made.foreground.fire[0]
@@ -89,7 +91,7 @@ def test_images_of_the_data_set_measure_and_reject_if_asked(
     prototypes: Prototypes, own: list[Seen]
 ) -> None:
     others = [see(prototypes, [1], WALL), see(prototypes, [], WALL, GRASS)]
-    measured = compare(prototypes, [*own, *others], NegativeSettings())
+    measured = compare(prototypes, [*own, *others], FOLDER)
     assert not measured.choices and measured.foreground.fire is not None
     assert measured.foreground.fire[0, 1] > 0.5
     assert dropped(compare(prototypes, [*own, *others], BOTH)) == [1]
@@ -111,7 +113,7 @@ def test_negatives_that_show_everything_reject_nothing(
     prototypes: Prototypes, own: list[Seen]
 ) -> None:
     everything = see(prototypes, None, COW, HORN, WALL, GRASS)
-    made = compare(prototypes, [*own, everything], NegativeSettings())
+    made = compare(prototypes, [*own, everything], FOLDER)
     assert not made.choices and "cow" in made.events[-1]
 
 
@@ -122,13 +124,13 @@ def test_nothing_to_compare_with(prototypes: Prototypes, own: list[Seen]) -> Non
 
 
 def test_a_person_wins(prototypes: Prototypes, own: list[Seen]) -> None:
-    made = compare(prototypes, [*own, see(prototypes, None, WALL)], NegativeSettings())
+    made = compare(prototypes, [*own, see(prototypes, None, WALL)], FOLDER)
     kept = made.with_choices([Choice("cow", "foreground", 1, "keep")])
     assert kept.foreground.keep[0, 1] and kept.choices[0].by == "person"
 
 
 def test_fire_rates_are_saved(prototypes: Prototypes, own: list[Seen], tmp_path: Path) -> None:
-    made = compare(prototypes, [*own, see(prototypes, None, WALL)], NegativeSettings())
+    made = compare(prototypes, [*own, see(prototypes, None, WALL)], FOLDER)
     more = replace(
         made,
         classes=("dog", "cow"),

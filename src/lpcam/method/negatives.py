@@ -77,7 +77,7 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
     """Prototypes with fire rates, and with choices that drop foreground prototypes by negatives.
 
     A prototype is dropped if its margin is below ``settings.margin`` times the largest margin of
-    its class, for the folder of negatives or, with ``reject_by`` all, for either source, and if it
+    its class, for the sources of negatives that ``settings.reject_by`` names, and if it
     is not among the share ``settings.keep`` of them with the largest margins. A class of whose
     prototypes none has a positive margin is left as it is, with an event. The fire rate is the
     higher one of the two sources.
@@ -93,7 +93,9 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
                 lacking.setdefault((index, source), []).append(best)
     foreground, events, choices = prototypes.foreground, list(prototypes.events), list[Choice]()
     fire = torch.full_like(foreground.scores, float("nan"))
-    used: dict[Origin, float] = {"folder": settings.hardest}
+    used: dict[Origin, float] = {}
+    if settings.reject_by != "none":
+        used["folder"] = settings.hardest
     if settings.reject_by == "all":
         used["data"] = 1.0
     for index, rows in sorted(having.items()):
@@ -138,9 +140,13 @@ def compare_loaders(
     negatives: Batches,
     settings: LpcamSettings,
 ) -> Prototypes:
-    """As :func:`compare`, with the images of a loader, and those of another without any class."""
+    """As :func:`compare`, with the images of a loader, and those of another without any class.
+
+    These reject prototypes unless ``settings.negatives`` says otherwise.
+    """
     channels, centers = source.channels_in, prototypes.foreground.centers
-    own, everything = settings.negatives or NegativeSettings(), list(range(len(centers)))
+    own = settings.negatives or NegativeSettings(reject_by="folder")
+    everything = list(range(len(centers)))
     seen: list[Seen] = []
 
     def see(images: Tensor, labels: Sequence[list[int] | None]) -> None:
