@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ def draw(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def with_folder(values: Values, folder: Path | str, **changes: Any) -> Values:
+def with_folder(values: Values, folder: Path) -> Values:
     made = copy.deepcopy(values)
     made["data"]["negatives"] = str(folder)
-    made["lpcam"] |= {"negatives": {"margin": 0.9, "hardest": 1.0}, **changes}
+    made["lpcam"] |= {"negatives": {"margin": 0.9, "hardest": 1.0, "reject_by": "folder"}}
     return made
 
 
@@ -78,3 +79,16 @@ def test_folders_that_cannot_be_negatives(values: Values, tmp_path: Path) -> Non
         go(with_folder(values, tmp_path / "empty"))
     with pytest.raises(DataError, match="labelled"):
         go(with_folder(values, Path(values["data"]["root"]) / "images"))
+
+
+def test_a_single_class_needs_negatives(values: Values, tmp_path: Path) -> None:
+    root = tmp_path / "one"
+    shutil.copytree(Path(values["data"]["root"]) / "images", root / "images")
+    names = sorted(path.name for path in (root / "images").iterdir())[:6]
+    (root / "labels.csv").write_text("image,labels\n" + "".join(f"{n},thing\n" for n in names))
+    values["data"] = {"kind": "folder", "root": str(root)}
+    recipe = parse_recipe(values, where="tiny.yaml")
+    assert any("no negatives" in text for text in run(recipe, until="classify").warnings)
+    values["data"]["negatives"] = str(draw(tmp_path / "plain"))
+    recipe = parse_recipe(values, where="tiny.yaml")
+    assert not run(recipe, until="classify").warnings

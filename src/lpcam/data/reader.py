@@ -85,7 +85,7 @@ class DataSection(Section):
     ``selected_100``), .npy (classes, n): indices into the list ``prototypes``. Null draws them."""
     negatives: RecipePath | None = None
     """Folder of images that show none of the classes, such as rails without a train. They train the
-    classifier as negatives, and reject prototypes (lpcam.negatives). Null: none."""
+    classifier, measure prototypes and may reject them (lpcam.negatives). Null: none."""
     name: str | None = None
     """Name of the data set in the protocol of all scores; null takes the folder's name."""
     classes: tuple[str, ...] | None = None

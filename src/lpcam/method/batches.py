@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -60,12 +61,30 @@ def read_all(
         yield images, read_labels(labels, len(images), classes)
 
 
-def with_new_head(source: WrappedModel, loader: Batches) -> WrappedModel:
-    """A source with a linear head that is fitted to the pooled features of a loader's images."""
+def read_negatives(loader: Batches, channels: int) -> Iterator[Tensor]:
+    """Images (B, c, H, W) of each batch, which may be the images alone; labels are not read."""
+    check_readable_twice(loader, "comparing with negatives")
+    for batch in loader:
+        images = batch if isinstance(batch, Tensor) else next(read_batches([batch]))[0]
+        yield read_images(images, channels)
+
+
+def with_new_head(
+    source: WrappedModel, loader: Batches, negatives: Batches | None = None
+) -> WrappedModel:
+    """A source with a linear head that is fitted to the pooled features of a loader's images.
+
+    Images of ``negatives`` have no class.
+    """
     check_readable_twice(loader, "fitting a new head")
     settings = ProbeSettings.from_preset("default")
     pooled, labels = [], []
-    for images, chosen in read_all(loader, source.channels_in, source.classes):
+    channels = source.channels_in
+    batches = [read_all(loader, channels, source.classes)]
+    if negatives is not None:
+        plain = read_negatives(negatives, channels)
+        batches.append((images, [[]] * len(images)) for images in plain)
+    for images, chosen in chain.from_iterable(batches):
         for classes in chosen:
             labels.append(torch.zeros(len(source.classes)))
             labels[-1][classes] = 1

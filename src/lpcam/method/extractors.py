@@ -43,6 +43,7 @@ from lpcam.method.batches import (
 from lpcam.method.early import Base, EarlyPrototypes, early_images, fit_early
 from lpcam.method.functional import cam_of_pair, fuse_scales, lpcam_of_pair, zeros_on_demand
 from lpcam.method.multi_scale import OfPair, maps_of, present_maps, single_scale_cam
+from lpcam.method.negatives import compare_loaders
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import RandomState, Reservoir, collect, drawn_seed
 from lpcam.method.settings import EarlySettings, LpcamSettings
@@ -331,7 +332,7 @@ class LPCAM(CAM):
             self._prototypes = made.chosen(settings.choices, settings.weights)
         return self._prototypes
 
-    def fit(self, loader: Batches) -> Self:
+    def fit(self, loader: Batches, negatives: Batches | None = None) -> Self:
         """Collect local features, cluster, score and select prototypes (equations 2 to 4).
 
         Args:
@@ -339,25 +340,28 @@ class LPCAM(CAM):
                 'pixel_values', 'image' or 'images' and 'labels' or 'label': images (B, c, H, W) in
                 floating point, normalised as the model expects, and for each image a class index,
                 a class name, a list of them, or a row of 0 and 1 for all N classes. It is read
-                once more for a new head and for early layers, so it cannot be an iterator then.
+                again for a new head, early layers and negatives, so it cannot be an iterator then.
                 Every image is used for all its classes; ``images_per_class`` applies to runs only.
+            negatives: yields batches of images without any of the classes; labels are not read.
+                They train a new head, and drop prototypes as ``settings.negatives`` says.
 
         Raises BatchError, a ValueError, for a batch of another form, ClassifierError if no feature
-        map or linear head is found, or none can be fitted, and PrototypeError if no class has a
-        foreground feature.
+        map or head is found or fitted, PrototypeError if no class has a foreground feature.
         """
         self._reset()
         try:
             self._source = source = self._find_source()
-            _ = self.settings_  # an unknown preset raises before the loader is read
-            if self.early:
-                check_readable_twice(loader, "fitting early layers")
-                layers = early_layers_of(source)
+            settings = self.settings_  # an unknown preset raises before the loader is read
+            if self.early or negatives is not None:
+                check_readable_twice(loader, "fitting early layers or with negatives")
+            layers = early_layers_of(source) if self.early else ()
             if isinstance(source, WrappedModel) and source.needs_head:
-                self._source = with_new_head(source, loader)
+                self._source = with_new_head(source, loader, negatives)
             for images, labels in read_batches(loader):
                 self._add(images, labels)
-            _ = self.prototypes_
+            found = self.prototypes_
+            if negatives is not None:
+                self._prototypes = compare_loaders(found, self.source_, loader, negatives, settings)
             if self.early:
                 self.early_ = self._fit_early(loader, layers)
         except BaseException:
@@ -401,8 +405,8 @@ class LPCAM(CAM):
         """Collect the local features of one more batch (equation 2); clustering waits until needed.
 
         Parts in the same order give the prototypes of one ``fit``. Arguments as for a call. After
-        ``load`` it goes on from a file that was saved with ``reservoir=True``; others raise
-        PrototypeError, and so do early layers, which need all images at once.
+        ``load`` it goes on from a file saved with ``reservoir=True``; else PrototypeError, as for
+        early layers, which need all images at once.
         """
         if self.early or self.early_ is not None:
             raise PrototypeError("partial_fit cannot fit early layers, which fit(loader) does")
@@ -435,9 +439,8 @@ class LPCAM(CAM):
                     "them with reservoir=True, or call fit(loader)"
                 )
             self._take(source)
-            self._reservoir = Reservoir(
-                settings.max_features, drawn_seed(self.random_state), self.dtype
-            )
+            seed = drawn_seed(self.random_state)
+            self._reservoir = Reservoir(settings.max_features, seed, self.dtype)
         if self._prototypes is not None and self._prototypes.choices:
             raise PrototypeError(
                 "more features are clustered anew, so the choices about these prototypes would be "
@@ -540,8 +543,7 @@ class LPCAM(CAM):
     def save(self, path: str | Path, *, reservoir: bool = False) -> None:
         """Write prototypes, class names, and the head if ``fit`` made one, to a safetensors file.
 
-        With ``reservoir`` it also has the sampled local features, at most ``max_features`` for each
-        class and side, so that :meth:`partial_fit` can go on after :meth:`load`.
+        With ``reservoir`` also the sampled features, so that :meth:`partial_fit` can go on.
         """
         prototypes, source = self.prototypes_, self.source_
         new = isinstance(source, WrappedModel) and source.new_head
@@ -561,8 +563,7 @@ class LPCAM(CAM):
         """Read what :meth:`save` wrote, with its head, and its class names if none are given.
 
         Its early prototypes are used if it has some. Raises PrototypeError if it is of other
-        weights, or of other class names than those given, or lacks early prototypes that are asked
-        for.
+        weights or class names, or lacks early prototypes that are asked for.
         """
         tensors, metadata = read_tensors(Path(path))
         prototypes = Prototypes.of_file(Path(path), tensors, metadata)

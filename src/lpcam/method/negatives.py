@@ -8,19 +8,21 @@ Shapes: N classes, K centres of a class, C channels, A images without and B imag
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from lpcam.classifiers.features import Source, full_precision, tensor_pyramid
+from lpcam.method.batches import Batches, read_all, read_negatives
 from lpcam.method.choices import Choice
 from lpcam.method.functional import unit
 from lpcam.method.prototypes import Prototypes
-from lpcam.method.settings import NegativeSettings
+from lpcam.method.settings import LpcamSettings, NegativeSettings
 
-Source = Literal["data", "folder"]
+Origin = Literal["data", "folder"]
 """Where images without a class are from: the data set itself, or a folder of negatives."""
 Seen = tuple[Collection[int] | None, Mapping[int, Tensor]]
 """The labels of an image, None for one of a folder of negatives, and what :func:`best_cosines`
@@ -75,15 +77,15 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
     """Prototypes with fire rates, and with choices that drop foreground prototypes by negatives.
 
     A prototype is dropped if its margin is below ``settings.margin`` times the largest margin of
-    its class, for the folder of negatives or, with ``reject_by`` all, for either source, and if it
+    its class, for the sources of negatives that ``settings.reject_by`` names, and if it
     is not among the share ``settings.keep`` of them with the largest margins. A class of whose
     prototypes none has a positive margin is left as it is, with an event. The fire rate is the
     higher one of the two sources.
     """
     having: dict[int, list[Tensor]] = {}
-    lacking: dict[tuple[int, Source], list[Tensor]] = {}
+    lacking: dict[tuple[int, Origin], list[Tensor]] = {}
     for labels, found in seen:
-        source: Source = "folder" if labels is None else "data"
+        source: Origin = "folder" if labels is None else "data"
         for index, best in found.items():
             if labels is not None and index in labels:
                 having.setdefault(index, []).append(best)
@@ -91,7 +93,9 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
                 lacking.setdefault((index, source), []).append(best)
     foreground, events, choices = prototypes.foreground, list(prototypes.events), list[Choice]()
     fire = torch.full_like(foreground.scores, float("nan"))
-    used: dict[Source, float] = {"folder": settings.hardest}
+    used: dict[Origin, float] = {}
+    if settings.reject_by != "none":
+        used["folder"] = settings.hardest
     if settings.reject_by == "all":
         used["data"] = 1.0
     for index, rows in sorted(having.items()):
@@ -126,3 +130,35 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
     measured = replace(foreground, fire=fire)
     made = replace(prototypes, foreground=measured, events=tuple(events))
     return made.with_choices(choices)
+
+
+@torch.no_grad()
+def compare_loaders(
+    prototypes: Prototypes,
+    source: Source,
+    loader: Batches,
+    negatives: Batches,
+    settings: LpcamSettings,
+) -> Prototypes:
+    """As :func:`compare`, with the images of a loader, and those of another without any class.
+
+    These reject prototypes unless ``settings.negatives`` says otherwise.
+    """
+    channels, centers = source.channels_in, prototypes.foreground.centers
+    own = settings.negatives or NegativeSettings(reject_by="folder")
+    everything = list(range(len(centers)))
+    seen: list[Seen] = []
+
+    def see(images: Tensor, labels: Sequence[list[int] | None]) -> None:
+        with full_precision(source.device):
+            (pair,) = tensor_pyramid(source, images.to(source.device), (1.0,), flip=False)
+        for features, classes in zip(pair.features.cpu(), labels, strict=True):
+            rows = everything if classes is None or own.reject_by == "all" else classes
+            best = best_cosines(features, centers[rows])
+            seen.append((classes, dict(zip(rows, best, strict=True))))
+
+    for images, chosen in read_all(loader, channels, source.classes):
+        see(images, chosen)
+    for images in read_negatives(negatives, channels):
+        see(images, [None] * len(images))
+    return compare(prototypes, seen, own)

@@ -130,9 +130,9 @@ class NegativeSettings(Section):
     hardest: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
     """Share of the images of data.negatives, the most similar ones of each prototype, that count.
     Smaller: a few images of what a prototype shows are enough to reject it."""
-    reject_by: Literal["folder", "all"] = "folder"
-    """Images that reject: those of data.negatives, or also all of the data set without a label.
-    The fire rates of the report are measured on both."""
+    reject_by: Literal["none", "folder", "all"] = "none"
+    """Images that reject: none, those of data.negatives, or also those of the data set without a
+    label. The fire rates of the report are measured on both in any case."""
 
 
 class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel):
