@@ -12,6 +12,7 @@ import argparse
 import io
 import shutil
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -23,6 +24,8 @@ ROWS = (1, 2, 3, 7)
 SECTIONS = {"report-viewer": "#viewer", "report-prototypes": "#prototype-viewer"}
 CLASS = "petalmane"
 """Whose prototypes are shown."""
+CORRECTED, BRICKS = "spirehorn", (15, 143, 73, 4)
+"""The class whose prototypes are corrected, and some that show bricks."""
 MOST_HEIGHT = 1140
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
@@ -47,7 +50,7 @@ def report_pictures(report: Path, chromium: str) -> dict[str, Image.Image]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium)
         # so high that the bar at the top covers nothing of what is shown
-        page = browser.new_page(viewport={"width": 1100, "height": 2600})
+        page = browser.new_page(viewport={"width": 1100, "height": 5200})
         page.goto(report.resolve().as_uri())
         page.wait_for_selector("#viewer:not([hidden])")
         page.wait_for_timeout(500)
@@ -55,11 +58,21 @@ def report_pictures(report: Path, chromium: str) -> dict[str, Image.Image]:
             if name == "report-prototypes":
                 page.locator("#prototype-class").select_option(label=CLASS)
                 page.wait_for_timeout(500)
-            shot = page.locator(selector).screenshot()
-            whole = Image.open(io.BytesIO(shot)).convert("RGB")
-            pictures[name] = whole.crop((0, 0, whole.width, min(whole.height, MOST_HEIGHT)))
+            pictures[name] = shot(page.locator(selector))
+        page.locator("#prototype-class").select_option(label=CORRECTED)
+        for number in BRICKS:
+            menu = f"Choice about foreground prototype no. {number} of {CORRECTED}"
+            page.get_by_label(menu, exact=True).select_option("context")
+        page.wait_for_timeout(500)
+        pictures["report-choices"] = shot(page.locator("#prototype-viewer"))
         browser.close()
     return pictures
+
+
+def shot(part: Any) -> Image.Image:
+    """A part of a page (a Playwright locator), cut where it is too high."""
+    whole = Image.open(io.BytesIO(part.screenshot())).convert("RGB")
+    return whole.crop((0, 0, whole.width, min(whole.height, MOST_HEIGHT)))
 
 
 def save(picture: Image.Image, path: Path) -> None:
