@@ -54,8 +54,8 @@ GPU_BATCH = 8
 MEMORY_SHARE = 0.5
 """Share of the available memory that a run uses where the recipe names no amount."""
 FEATURES_SHARE, IMAGES_SHARE = 0.5, 0.1
-"""Shares of a run's memory for what several stages need: features, and decoded images, which are
-part of the first. The rest is for the reservoir."""
+"""Shares of a run's memory for what several stages need: features, and decoded images. The rest
+is for the reservoir."""
 USUAL_STRIDE = 32  #: Of a backbone whose recipe names no output stride.
 FEWEST_CELLS = 12
 """Cells of the features along an image's shorter side, below which larger scales are taken."""
@@ -466,7 +466,7 @@ class Context:
                 maximum_side=section.maximum_side,
                 dtype=section.features,
                 precision=section.precision,
-                budget=int(self.memory() * (FEATURES_SHARE - IMAGES_SHARE)),
+                budget=int(self.memory() * FEATURES_SHARE),
                 keep=(item.id for item in (*self.items("maps"), *self.items("prototypes"))),
                 early=layers,
                 folded=partial(self._run_engine.classifier, engine=self.engine, layers=layers),
