@@ -27,6 +27,7 @@ ALL = (
     "walk",
     "crf",
     "localisation",
+    "objects",
     "coco_index",
     "any_classifier",
 )
@@ -40,6 +41,7 @@ TAKES = {
     "walk": ("quick",),
     "crf": ("quick", "data"),
     "localisation": ("quick", "data", "weights", "run"),
+    "objects": ("quick",),
     "coco_index": ("quick",),
     "any_classifier": ("quick",),
 }
