@@ -28,6 +28,7 @@ ALL = (
     "walk",
     "crf",
     "localisation",
+    "objects",
     "coco_index",
     "any_classifier",
 )
@@ -42,6 +43,7 @@ TAKES = {
     "walk": ("quick",),
     "crf": ("quick", "data"),
     "localisation": ("quick", "data", "weights", "run"),
+    "objects": ("quick",),
     "coco_index": ("quick",),
     "any_classifier": ("quick",),
 }

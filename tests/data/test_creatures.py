@@ -39,6 +39,7 @@ def test_the_layout_is_that_of_a_users_folder(demo: Path) -> None:
     assert (demo / "classes.txt").read_text().splitlines() == list(creatures.CLASSES)
     assert json.loads((demo / "parts.json").read_text()) == creatures.PARTS
     assert [row["image"] for row in rows(demo)] == names
+    assert not (demo / "instances").exists()
     for folder in ("images", "masks", "parts"):
         assert sorted(p.name for p in (demo / folder).iterdir()) == names
     with Image.open(demo / "images" / "0000.png") as image:
@@ -72,14 +73,31 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(demo: Path, tmp_pat
     assert other["images/0000.png"] != same["images/0000.png"]
 
 
+def test_herds_are_two_or_three_touching_creatures_of_one_class(tmp_path: Path) -> None:
+    ndimage = pytest.importorskip("scipy.ndimage", reason="needs SciPy")
+    creatures.write(tmp_path, images=12, size=96, seed=5, herds=True)
+    counts = []
+    for row in rows(tmp_path):
+        mask = read_index_mask(tmp_path / "masks" / row["image"])
+        numbers = read_index_mask(tmp_path / "instances" / row["image"])
+        assert set(np.unique(mask).tolist()) == {0, creatures.CLASSES.index(row["labels"]) + 1}
+        assert ((mask > 0) == (numbers > 0)).all()
+        pieces = np.sort(np.bincount(ndimage.label(mask, np.ones((3, 3)))[0].ravel())[1:])
+        assert pieces[:-1].sum() <= 2  # but for specks of outline
+        areas = np.bincount(numbers.ravel())[1:]
+        assert areas.min() > 0.25 * areas.max()  # none is hidden
+        counts.append(len(areas))
+    assert set(counts) == {2, 3}
+
+
 def draw(label: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """One creature of a class on a plain ground: picture and parts."""
     side = 96 * creatures.OVERSAMPLING
     sheet = creatures._Sheet(Image.new("RGB", (side, side), (128, 128, 128)))
     centre = complex(side / 2, side * 0.55)
     creatures._creature(sheet, label, centre, side * 0.4, np.random.default_rng(seed))
-    picture, _, parts = sheet.finish()
-    return np.asarray(picture).astype(float), parts
+    picture, masks = sheet.finish()
+    return np.asarray(picture).astype(float), masks["parts"]
 
 
 def mean_colour(label: int, part: str) -> np.ndarray:

@@ -92,6 +92,18 @@ def test_fast_is_scale_1_without_the_mirror_image(
     assert maps.made_by["scales"] == [1.0] and not maps.made_by["flip"]
 
 
+def test_discriminative_parts_have_the_size_of_the_image(run: Path, image: np.ndarray) -> None:
+    classifier, prototypes = loaded(run)
+    small = Explainer(classifier, prototypes, "voc12.official", maximum_side=64)
+    whole = Explainer(classifier, prototypes, "voc12.official")
+    for explainer in (small, whole):
+        plane = explainer.discriminative(image, "red")
+        assert plane.shape == image.shape[:2] and plane.dtype == np.float32
+        assert np.isfinite(plane).all() and plane.min() >= 0
+    with pytest.raises(DataError, match="green"):
+        whole.discriminative(image, "no green")
+
+
 def test_a_runs_own_image_gets_the_runs_own_maps(run: Path, explainer: Explainer) -> None:
     """But for the run's rounding of features to half precision and of maps to 8 bits."""
     recipe = load_recipe(run / "recipe.yaml")

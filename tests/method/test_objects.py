@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from lpcam.method.objects import Box, Point, boxes, component_boxes, instances, points, polygons
+from lpcam.method.objects import (
+    Box,
+    Point,
+    boxes,
+    component_boxes,
+    components,
+    instances,
+    points,
+    polygons,
+    separate,
+)
 from lpcam.runtime.errors import DataError, LpcamError
 
 TWO = np.array(
@@ -95,36 +105,98 @@ def test_a_plateau_has_one_point_and_a_step_of_a_slope_none() -> None:
     assert points(np.zeros((3, 5)), distance=1) == []
 
 
-def test_instances_split_a_component_at_its_peaks() -> None:
-    x = np.arange(41)
-    row = np.maximum(1.0 - np.abs(x - 10) / 20, 0.9 - np.abs(x - 30) / 20)
-    plane = np.repeat(row[None], 5, axis=0)
-    assert len(boxes(plane, 0.3)) == 1
-    first, second = instances(plane, 0.3, distance=5)
-    assert (first.peak.x, second.peak.x) == (10, 30)
-    # x = 20 is as near to both: it goes to the higher peak
-    assert (first.box.x0, first.box.x1) == (0, 21)
-    assert (second.box.x0, second.box.x1) == (21, 41)
-    assert ((first.mask.astype(int) + second.mask) == (plane > 0.3)).all()
-    assert len(instances(plane, 0.3, distance=30)) == 1
+def bumps(*places: tuple[float, float], size: tuple[int, int] = (40, 80)) -> np.ndarray:
+    """Evidence with a round peak of height 1 at each place (y, x)."""
+    y, x = np.mgrid[: size[0], : size[1]]
+    return sum(np.exp(-((y - v) ** 2 + (x - u) ** 2) / 40) for v, u in places)  # type: ignore[return-value]
 
 
-def test_near_peaks_of_two_components_stay_apart() -> None:
-    plane = np.array([[0.9, 0.8, 0.0, 0.7, 0.5]])
-    found = instances(plane, 0.3, distance=10)
-    assert [(one.box.x0, one.peak.x) for one in found] == [(0, 0), (3, 3)]
+def ellipses(*places: tuple[float, float, float, float]) -> np.ndarray:
+    y, x = np.mgrid[:40, :80]
+    inside = [((y - v) / ry) ** 2 + ((x - u) / rx) ** 2 <= 1 for v, u, ry, rx in places]
+    return np.logical_or.reduce(inside)
 
 
-@pytest.mark.parametrize("connectivity", [4, 8])
-def test_instances_of_any_map_cover_its_foreground_once(connectivity: Any) -> None:
+TOUCHING = ellipses((20, 22, 14, 19), (20, 58, 14, 19))
+
+
+def test_touching_objects_with_a_peak_each_are_separated_between_the_peaks() -> None:
+    assert components(TOUCHING)[1] == 1
+    labels, count = separate(TOUCHING, bumps((20, 22), (20, 58)))
+    assert count == 2 and ((labels > 0) == TOUCHING).all()
+    assert set(labels[:, :40][TOUCHING[:, :40]].tolist()) == {1}
+    assert set(labels[:, 41:][TOUCHING[:, 41:]].tolist()) == {2}
+
+
+@pytest.mark.parametrize("evidence", [bumps((20, 10)), np.zeros((40, 80)), np.ones((40, 80))])
+def test_one_object_of_any_length_with_one_peak_or_none_stays_whole(evidence: np.ndarray) -> None:
+    long = ellipses((20, 40, 8, 38))
+    labels, count = separate(long, evidence)
+    assert count == 1 and ((labels == 1) == long).all()
+
+
+def test_low_and_small_peaks_make_no_object() -> None:
+    assert separate(TOUCHING, bumps((20, 22)) + 0.3 * bumps((20, 58)))[1] == 1
+    assert separate(TOUCHING, bumps((20, 22)) + 0.8 * bumps((20, 58)))[1] == 2
+    speck = np.zeros((40, 80))
+    speck[20, 58] = 1.0
+    assert separate(TOUCHING, bumps((20, 22)) + speck)[1] == 1
+
+
+def test_three_in_a_row_are_separated_at_different_heights() -> None:
+    three = ellipses((20, 14, 12, 14), (20, 40, 12, 14), (20, 66, 12, 14))
+    # between the first two the evidence falls less than between the last two
+    evidence = bumps((20, 14), (20, 40), (20, 66)) + 0.4 * (np.arange(80) < 45)
+    labels, count = separate(three, evidence)
+    assert count == 3 and [int(labels[20, x]) for x in (14, 40, 66)] == [1, 2, 3]
+
+
+def test_a_near_piece_without_a_peak_belongs_to_the_object_and_a_far_one_does_not() -> None:
+    near, far = (
+        ellipses((20, 20, 10, 16), (20, 40, 3, 2)),
+        ellipses((20, 20, 10, 16), (20, 70, 3, 2)),
+    )
+    assert components(near)[1] == components(far)[1] == 2
+    assert separate(near, bumps((20, 20)))[1] == 1
+    assert separate(far, bumps((20, 20)))[1] == 2
+
+
+def test_the_scale_of_the_evidence_and_its_kind_have_no_effect() -> None:
+    evidence = bumps((20, 22), (20, 58))
+    expected, _ = separate(TOUCHING, evidence)
+    tensor = torch.from_numpy(evidence).requires_grad_()
+    for one in (7 * evidence, tensor, tensor.float()):
+        labels, count = separate(torch.from_numpy(TOUCHING), one)
+        assert count == 2 and labels.dtype == np.int32 and (labels == expected).all()
+
+
+def test_evidence_of_another_size_is_refused() -> None:
+    with pytest.raises(DataError, match=r"\(20, 40\)"):
+        separate(TOUCHING, np.zeros((20, 40)))
+
+
+def test_instances_are_the_separated_objects_by_area() -> None:
+    mask = ellipses((20, 22, 12, 19), (20, 58, 14, 19))
+    evidence = bumps((20, 24), (20, 60))
+    small, large = sorted(instances(0.8 * mask, 0.5, evidence=evidence), key=lambda i: i.box.area)
+    assert instances(0.8 * mask, 0.5, evidence=evidence)[0].box == large.box
+    assert (small.peak.x, small.peak.y, large.peak.x) == (24, 20, 60)
+    assert small.peak.score == pytest.approx(evidence[20, 24]) and small.box.score == 0.8
+    assert (small.mask ^ large.mask == mask).all()
+    # of a map of one value alone nothing can be separated
+    assert len(instances(0.8 * mask, 0.5)) == 1
+    assert len(instances(mask * evidence, 0.01)) == 2
+
+
+def test_instances_of_any_map_cover_its_foreground_once() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         plane = rng.integers(0, 6, (12, 17)) / 5  # with plateaus
-        found = instances(plane, 0.35, distance=2, connectivity=connectivity)
+        found = instances(plane, 0.35)
         assert (sum(one.mask.astype(int) for one in found) == (plane > 0.35)).all()
         for one in found:
             assert one.mask[one.peak.y, one.peak.x] and one.box.area == one.mask.sum()
-            assert one.box.score == plane[one.mask].max()
+            assert one.box.score == one.peak.score == plane[one.mask].max()
 
 
 def test_outline_of_a_square_with_a_hole() -> None:

@@ -55,6 +55,11 @@ SIZE = Argument(
     FROM,
     Argument("--instances", action="store_true", help="Make each connected component an object."),
     Argument(
+        "--separate",
+        action="store_true",
+        help="As --instances, and separate objects that touch by the parts only their class has.",
+    ),
+    Argument(
         "--image-root",
         default="",
         metavar="PREFIX",
@@ -63,10 +68,13 @@ SIZE = Argument(
     THREADS,
 )
 def export_masks(
-    call: Invocation, run: Path, output: Path, source: str | None, **options: Any
+    call: Invocation, run: Path, output: Path, source: str | None, separate: bool, **options: Any
 ) -> int:
     """Write a run's masks in the format of another tool."""
     masks = lpcam.RunFolder(run).masks(source)
+    if separate:
+        evidence = lpcam.RunFolder(run).explainer().discriminative
+        options |= {"instances": True, "evidence": evidence}
     result = mask_files.export_masks(
         masks.entries,
         masks.classes,

@@ -26,6 +26,7 @@ Colour = tuple[int, int, int]
 Points = Sequence[complex]  # x + y j with y down: a product with a complex number turns and scales
 Random = np.random.Generator
 PARTS = {"head": 1, "torso": 2, "legs": 3, "tail": 4}  #: Values of the part masks.
+MASKS = ("masks", "parts", "instances")  #: Folders of the index masks; the last for herds only.
 _KINDS: dict[str, dict[str, Any]] = yaml.safe_load(
     resources.files("lpcam.data").joinpath("creatures.yaml").read_text("utf-8")
 )
@@ -184,17 +185,18 @@ GROUNDS: dict[str, tuple[Colour, Callable[[ImageDraw.ImageDraw, float, Random], 
 
 
 class _Sheet:
-    """A picture and its two index masks, drawn together at ``OVERSAMPLING`` times the size."""
+    """A picture and its index masks, drawn together at ``OVERSAMPLING`` times the size."""
 
     def __init__(self, picture: Image.Image) -> None:
         self.picture = picture
-        self.classes, self.parts = Image.new("L", picture.size), Image.new("L", picture.size)
+        self.creatures = 0  #: Number of creatures so far.
+        self.masks = {name: Image.new("L", picture.size) for name in MASKS}
 
-    def finish(self) -> tuple[Image.Image, np.ndarray, np.ndarray]:
+    def finish(self) -> tuple[Image.Image, dict[str, np.ndarray]]:
         """Picture averaged down; masks taken at the pixel centres, so that no ids are blended."""
         inner = slice(OVERSAMPLING // 2, None, OVERSAMPLING)
-        classes, parts = (np.array(m)[inner, inner] for m in (self.classes, self.parts))
-        return self.picture.reduce(OVERSAMPLING), classes, parts
+        masks = {name: np.array(mask)[inner, inner] for name, mask in self.masks.items()}
+        return self.picture.reduce(OVERSAMPLING), masks
 
 
 _Texture = tuple[Colour, list[list[complex]], bool]
@@ -258,9 +260,11 @@ class _Creature:
             fill.paste(_mix(colour, _INK, 0.45), (0, 0), rim.point(lambda v: v * 0.55))
         picture.paste(fill, (left, top), mask)
         ring = placed + placed[:2]
-        for image, value in ((self.sheet.classes, self.mask_id), (self.sheet.parts, PARTS[part])):
-            ImageDraw.Draw(image).polygon(placed, fill=value)
-            ImageDraw.Draw(image).line(ring, fill=value, width=ink, joint="curve")
+        values = self.mask_id, PARTS[part], self.sheet.creatures
+        for mask, value in zip(self.sheet.masks.values(), values, strict=True):
+            draw = ImageDraw.Draw(mask)
+            draw.polygon(placed, fill=value)
+            draw.line(ring, fill=value, width=ink, joint="curve")
         edge = _mix(colour, _INK, 0.8)
         ImageDraw.Draw(picture).line(ring, fill=edge, width=ink, joint="curve")
 
@@ -406,6 +410,7 @@ def _head(creature: _Creature, kind: dict[str, Any], at: complex) -> None:
 
 
 def _creature(sheet: _Sheet, label: int, centre: complex, scale: float, rng: Random) -> None:
+    sheet.creatures += 1
     mirrored, tilt = rng.uniform() < 0.5, rng.normal(0.0, 0.07)
     creature = _Creature(sheet, label + 1, centre, scale, mirrored, tilt, rng)
     ((x, y),) = creature.place([0.72j])
@@ -424,9 +429,19 @@ def _creature(sheet: _Sheet, label: int, centre: complex, scale: float, rng: Ran
     _head(creature, _KINDS[CLASSES[label]], at)
 
 
-def _draw(size: int, rng: Random) -> tuple[_Sheet, tuple[int, ...]]:
+def _herd(large: int, label: int, rng: Random) -> list[tuple[float, float, float, int]]:
+    """Two or three creatures of one class, each touching the next: y, x, scale and label."""
+    count = int(rng.integers(2, 4))
+    scale = (rng.uniform(0.27, 0.33) if count == 2 else rng.uniform(0.20, 0.24)) * large
+    steps = rng.uniform((0.85, -0.35), (1.2, 0.35), (count - 1, 2))
+    places = np.concatenate([np.zeros((1, 2)), steps.cumsum(0)]) * scale
+    places += (0.5 + rng.uniform(-0.03, 0.03, 2) + (0, 0.03)) * large - places.mean(0)
+    return [(float(y), float(x), scale, label) for x, y in places]
+
+
+def _draw(size: int, rng: Random, herds: bool) -> tuple[_Sheet, tuple[int, ...]]:
     # one creature in three images of five, else two of different classes
-    count = 1 if rng.uniform() < 0.6 else 2
+    count = 1 if herds or rng.uniform() < 0.6 else 2
     labels = tuple(int(v) for v in rng.choice(len(CLASSES), size=count, replace=False))
     large = size * OVERSAMPLING
     companions = [COMPANIONS[n] for n in labels if n in COMPANIONS]
@@ -436,8 +451,10 @@ def _draw(size: int, rng: Random) -> tuple[_Sheet, tuple[int, ...]]:
     picture = Image.new("RGB", (large, large), _vary(base, rng, 8))
     paint(ImageDraw.Draw(picture), large / 100, rng)
     sheet = _Sheet(picture)
-    places = []
-    if count == 1:
+    places: list[tuple[float, float, float, int]] = []
+    if herds:
+        places = _herd(large, labels[0], rng)
+    elif count == 1:
         scale, x = rng.uniform(0.36, 0.52) * large, rng.uniform(0.46, 0.54) * large
         places.append((rng.uniform(0.51, 0.57) * large, x, scale, labels[0]))
     else:
@@ -463,9 +480,14 @@ def _light(picture: Image.Image, rng: Random) -> np.ndarray:
     return np.asarray(np.clip(np.rint(values), 0, 255).astype(np.uint8))
 
 
-def write(folder: Path, *, images: int, size: int, seed: int) -> None:
-    """Write images of ``size`` pixels as a user's folder; image i depends on seed and i only."""
-    for name in ("images", "masks", "parts"):
+def write(folder: Path, *, images: int, size: int, seed: int, herds: bool = False) -> None:
+    """Write images of ``size`` pixels as a user's folder; image i depends on seed and i only.
+
+    With ``herds`` every image shows two or three creatures of one class that touch, and
+    ``instances`` holds masks in which they have the values 1, 2, ...
+    """
+    kinds = MASKS if herds else MASKS[:2]
+    for name in ("images", *kinds):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "classes.txt").write_bytes("".join(f"{name}\n" for name in CLASSES).encode())
     (folder / "parts.json").write_bytes((json.dumps(PARTS) + "\n").encode())
@@ -475,11 +497,11 @@ def write(folder: Path, *, images: int, size: int, seed: int) -> None:
     table = "image,labels\n"
     for i in range(images):
         rng = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, i])))
-        sheet, labels = _draw(size, rng)
-        picture, classes, parts = sheet.finish()
+        sheet, labels = _draw(size, rng, herds)
+        picture, masks = sheet.finish()
         name = f"{i:04d}.png"
         (folder / "images" / name).write_bytes(png_bytes(_light(picture, rng)))
-        (folder / "masks" / name).write_bytes(png_bytes(classes, palette))
-        (folder / "parts" / name).write_bytes(png_bytes(parts, palette))
+        for kind in kinds:
+            (folder / kind / name).write_bytes(png_bytes(masks[kind], palette))
         table += f"{name},{';'.join(CLASSES[n] for n in sorted(labels))}\n"
     (folder / "labels.csv").write_bytes(table.encode())

@@ -31,11 +31,13 @@ from lpcam.data.images import (
     resize_long_side,
     to_rgb,
 )
+from lpcam.data.resize import resize
 from lpcam.method.batches import class_indices
 from lpcam.method.choices import Choice
 from lpcam.method.early import EarlyPrototypes
 from lpcam.method.extractors import CAM, EARLY, LPCAM
 from lpcam.method.image_maps import MOST_MASK_VALUES, ImageMaps, Scoring, class_scores, descending
+from lpcam.method.multi_scale import discriminative_map
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
 from lpcam.method.vit import attended_pyramid
@@ -269,6 +271,23 @@ class Explainer:
     def highest(self, image: ImageSource, count: int) -> ImageMaps:
         """Map the ``count`` classes of the highest scores. Raises as :meth:`__call__` does."""
         return self._map(image, lambda scores: descending(scores)[:count])
+
+    @torch.inference_mode()
+    def discriminative(self, image: ImageSource, label: str) -> NDArray[np.float32]:
+        """Evidence (H, W) of the parts that only a class has, to separate its objects that touch.
+
+        See :func:`lpcam.method.objects.separate`. Raises as :meth:`__call__` does.
+        """
+        (place,) = self.indices([label])
+        whole, _ = _read(image, self.reading)
+        mapped, settings = limit_long_side(whole, self.maximum_side), self.settings
+        with self._lock:
+            pairs, _ = self._pyramid(mapped, settings.scales, flip=settings.flip, early=False)
+        of_class = self.prototypes.foreground.prototypes
+        prototypes = [of_class(index) for index in range(len(self.classes))]
+        weight = single(self.classifier.weight)
+        plane = discriminative_map(pairs, weight, prototypes, place, mapped.shape[:2])
+        return np.asarray(resize(plane[None], whole.shape[:2])[0].float().cpu())
 
     def indices(self, labels: Sequence[str]) -> list[int]:
         """Indices of class names, without repetition; DataError for an unknown class."""

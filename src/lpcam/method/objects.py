@@ -9,7 +9,6 @@ DataError. Components and peaks require SciPy (extra ``objects``).
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -22,6 +21,11 @@ from lpcam.runtime.errors import DataError, import_extra
 Connectivity = Literal[4, 8]  #: 8: pixels that touch at a corner are connected. 4: they are not.
 ScoreKind = Literal["max", "mean"]
 Plane = NDArray[Any] | Tensor  #: A map or mask (H, W).
+SHARE = 0.1  #: Least size of a marker, relative to its group.
+PEAK = 0.5  #: Least peak of a marker, relative to the highest of its group.
+SMOOTHING = 0.05  #: Standard deviation of the smoothing, in square roots of a group's pixels.
+GAP = 0.06  #: Widest gap inside a group, in square roots of the image's pixels.
+LEVELS = 16  #: Number of thresholds at which a marker may fall apart.
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Instance:
-    """Candidate for one object: the pixels of a component that belong to one peak."""
+    """Candidate for one object of a class."""
 
     box: Box
     peak: Point
@@ -75,6 +79,60 @@ def components(mask: Plane, *, connectivity: Connectivity = 8) -> tuple[NDArray[
     labels = np.empty(values.shape, dtype=np.int32)
     structure = ndimage.generate_binary_structure(2, 2 if connectivity == 8 else 1)
     return labels, int(ndimage.label(values, structure, output=labels))
+
+
+def separate(mask: Plane, evidence: Plane) -> tuple[NDArray[np.int32], int]:
+    """Labels (H, W) of the objects of a class that may touch, as :func:`components` has them.
+
+    Pieces of the mask closer than ``GAP`` are a group. While a threshold of the smoothed evidence
+    rises, a group falls into parts; large ones (``SHARE``) with a high peak (``PEAK``) are markers
+    of objects. Each pixel belongs to the nearest marker of its group; a group without two markers
+    is one object. The constants were chosen on drawings (``benchmarks.objects``).
+
+    Args:
+        mask: (H, W), not 0 on the class.
+        evidence: (H, W) >= 0, high on the parts that only this class has, as
+            :func:`lpcam.method.multi_scale.discriminative_map` makes it.
+
+    Example:
+        >>> separate(np.ones((1, 7)), np.array([[0, 9, 0, 0, 0, 8, 0]]))[0].tolist()
+        [[1, 1, 1, 1, 2, 2, 2]]
+    """
+    inside, plane = _plane(mask) != 0, _finite(evidence)
+    if plane.shape != inside.shape:
+        raise DataError(f"evidence is {plane.shape} but the mask {inside.shape}; resize it first")
+    ndimage = _ndimage()
+    away = ndimage.distance_transform_edt(~inside) if inside.any() else np.ones(inside.shape)
+    groups, count = components(away <= GAP / 2 * inside.size**0.5)
+    labels, found = np.zeros_like(groups), 0
+    for group, place in labelled_boxes(groups, count):
+        mine = inside[place] & (groups[place] == group)
+        deviation = SMOOTHING * mine.sum() ** 0.5
+        weight = ndimage.gaussian_filter(mine.astype(np.float64), deviation)
+        smooth = ndimage.gaussian_filter(np.where(mine, plane[place], 0), deviation)
+        smooth /= np.maximum(weight, np.finfo(np.float64).tiny)  # a mean over the group alone
+        markers = _markers(smooth, mine, SHARE * mine.sum(), PEAK * smooth[mine].max())
+        distances = [ndimage.distance_transform_edt(~marker) for marker in markers]
+        labels[place][mine] = found + 1 + np.argmin(distances, axis=0)[mine]
+        found += len(markers)
+    return labels, found
+
+
+def _markers(
+    values: NDArray[np.float64], inside: NDArray[np.bool_], size: float, peak: float
+) -> list[NDArray[np.bool_]]:
+    """Parts of at least a size and a peak into which a map falls while a threshold rises."""
+    low, high = values[inside].min(), values[inside].max()
+    for threshold in np.linspace(low, high, LEVELS, endpoint=False)[1:]:
+        labels, count = components(inside & (values > threshold))
+        sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+        peaks = _ndimage().maximum(values, labels, np.arange(1, count + 1))
+        parts = [labels == n + 1 for n in np.flatnonzero((sizes >= size) & (peaks >= peak))]
+        if not parts:
+            break
+        if len(parts) > 1:
+            return [one for part in parts for one in _markers(values, part, size, peak)]
+    return [inside]
 
 
 def labelled_boxes(labels: NDArray[np.int32], count: int) -> list[tuple[int, tuple[slice, slice]]]:
@@ -147,7 +205,11 @@ def points(
         >>> points(np.array([[0.1, 0.9, 0.1, 0.0, 0.5]]), distance=3)
         [Point(x=1, y=0, score=0.9), Point(x=4, y=0, score=0.5)]
     """
-    return _spread(_peaks(_finite(values), threshold), distance)[:most]
+    kept: list[Point] = []
+    for peak in _peaks(_finite(values), threshold):
+        if all((peak.x - o.x) ** 2 + (peak.y - o.y) ** 2 >= distance**2 for o in kept):
+            kept.append(peak)
+    return kept[:most]
 
 
 def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
@@ -170,52 +232,33 @@ def _peaks(plane: NDArray[np.float64], threshold: float) -> list[Point]:
     return sorted(found, key=lambda one: (-one.score, one.y, one.x))
 
 
-def _spread(peaks: Sequence[Point], distance: float) -> list[Point]:
-    """The peaks that are not closer than ``distance`` to an earlier one that is kept."""
-    kept: list[Point] = []
-    for peak in peaks:
-        if all((peak.x - o.x) ** 2 + (peak.y - o.y) ** 2 >= distance**2 for o in kept):
-            kept.append(peak)
-    return kept
-
-
 def instances(
     values: Plane,
     threshold: float,
     *,
-    distance: float = 16.0,
+    evidence: Plane | None = None,
     score: ScoreKind = "max",
     minimum_area: int = 1,
-    connectivity: Connectivity = 8,
 ) -> list[Instance]:
-    """Candidates for the objects of one class: connected components, split at their peaks.
+    """Candidates for the objects of one class, which may touch: those of :func:`separate`.
 
-    A component with several peaks at least ``distance`` pixels apart is split among them: each
-    pixel belongs to the nearest peak (if equally near, to the higher). This is no watershed: a part
-    of a component that is not convex may be in several pieces. Other arguments and the order are
-    those of :func:`boxes`. Masks do not overlap.
+    Without ``evidence`` (H, W) the map itself is taken for it, which separates less well. A peak is
+    the highest of the evidence. Other arguments and the order are those of :func:`boxes`.
 
     Example:
-        >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3, distance=2)
+        >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3)
         >>> [(one.box.x0, one.box.x1) for one in found]
         [(2, 5), (0, 2)]
     """
     plane = _finite(values)
-    labels, count = components(plane > threshold, connectivity=connectivity)
-    parts = np.zeros_like(labels)
-    of_part: list[Point] = []
-    for label, place in labelled_boxes(labels, count):
-        mine = labels[place] == label
-        same = _spread(_peaks(np.where(mine, plane[place], -np.inf), threshold), distance)
-        y, x = np.nonzero(mine)
-        away = [(y - peak.y) ** 2 + (x - peak.x) ** 2 for peak in same]
-        parts[place][y, x] = np.argmin(away, axis=0) + 1 + len(of_part)
-        top, left = place[0].start, place[1].start
-        of_part += [Point(peak.x + left, peak.y + top, peak.score) for peak in same]
-    return [
-        Instance(box, of_part[part - 1], parts == part)
-        for box, part in _boxes(plane, parts, len(of_part), score, minimum_area)
-    ]
+    known = plane if evidence is None else _finite(evidence)
+    labels, count = separate(plane > threshold, known)
+    found = []
+    for box, label in _boxes(plane, labels, count, score, minimum_area):
+        mask = labels == label
+        peak = _peaks(np.where(mask, known, -np.inf), -np.inf)[0]
+        found.append(Instance(box, peak, mask))
+    return found
 
 
 def polygons(mask: Plane) -> list[NDArray[np.float64]]:

@@ -343,6 +343,25 @@ def test_files_do_not_depend_on_the_number_of_workers(
     assert index["made_by"] == {"run": "x"} and index["instances"] is True
 
 
+def test_evidence_is_asked_of_each_image_and_missing_images_are_left_out(
+    entries: list[MaskEntry], tmp_path: Path
+) -> None:
+    asked: list[tuple[Any, str]] = []
+
+    def evidence(image: Path | None, name: str) -> np.ndarray:
+        if image is None:
+            raise DataError("no image")
+        asked.append((image, name))
+        return np.zeros(read_image(image).shape[:2])
+
+    given = [*entries[:-1], replace(entries[-1], image=None)]
+    done = export_masks(given, TABLE, tmp_path / "out", "voc", instances=True, evidence=evidence)
+    assert {(entries[0].image, "cow"), (entries[0].image, "wild & <horse>")} <= {*asked}
+    assert [skip.id for skip in done.left_out] == [entries[-1].id]
+    index = json.loads((tmp_path / "out/exported.json").read_text())
+    assert index["instances"] is True and index["separated"] is True
+
+
 def test_a_mask_of_an_image_that_lies_on_its_side(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

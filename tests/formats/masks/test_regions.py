@@ -39,6 +39,23 @@ def test_one_object_a_component_with_its_corner_neighbours() -> None:
     assert (whole == np.where(MASK == 255, 0, MASK)).all()
 
 
+def test_evidence_of_the_class_separates_objects_that_touch() -> None:
+    mask = np.full((6, 20), 7, dtype=np.uint8)
+    mask[:, 16:] = 3
+    asked = []
+
+    def evidence(name: str) -> np.ndarray:
+        asked.append(name)
+        x = np.arange(20)
+        return np.tile(np.maximum(np.exp(-((x - 4) ** 2)), np.exp(-((x - 12) ** 2))), (6, 1))
+
+    found = regions(mask, TABLE, instances=True, evidence=evidence)
+    assert asked == ["dog", "cow"]
+    assert [one.label for one in found] == [0, 0, 1]
+    assert (found[0].x0, found[1].x0 + found[1].width, found[2].x0) == (0, 16, 16)
+    assert found[0].area + found[1].area == 6 * 16 and abs(found[0].area - found[1].area) <= 12
+
+
 def test_a_mask_of_nothing_has_no_object() -> None:
     for value in (0, 255):
         mask = np.full((3, 4), value, dtype=np.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lpcam.data.dataset import BACKGROUND, IGNORE, ClassTable
 from lpcam.data.images import USUAL, Reading
-from lpcam.method.objects import components, labelled_boxes
+from lpcam.method.objects import Plane, components, labelled_boxes, separate
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.versions import __version__
 
@@ -24,7 +24,7 @@ MADE = f"lpcam {__version__}"  #: What wrote a file.
 
 @dataclass(frozen=True, eq=False)
 class Region:
-    """One object: a class of an image, or one connected component of it."""
+    """One object: a class of an image, or one of its components or separated objects."""
 
     label: int  #: 0-based class index.
     x0: int  #: First column of the tightest box.
@@ -51,9 +51,16 @@ class Region:
 
 
 def regions(
-    mask: NDArray[np.uint8], classes: ClassTable, *, instances: bool = False
+    mask: NDArray[np.uint8],
+    classes: ClassTable,
+    *,
+    instances: bool = False,
+    evidence: Callable[[str], Plane] | None = None,
 ) -> list[Region]:
-    """The objects of a mask: its classes in label order, or (``instances``) their components."""
+    """The objects of a mask: its classes in label order, or (``instances``) their components.
+
+    With ``evidence`` of a class they are the objects of :func:`lpcam.method.objects.separate`.
+    """
     found = set(np.unique(mask).tolist()) - {BACKGROUND, IGNORE}
     if unknown := sorted(found - set(classes.mask_ids)):
         known = dict(zip(classes.mask_ids, classes.names, strict=True))
@@ -62,12 +69,18 @@ def regions(
         region
         for label, number in enumerate(classes.mask_ids)
         if number in found
-        for region in _of_class(label, mask == number, instances)
+        for region in _of_class(
+            label, mask == number, instances, evidence and evidence(classes.names[label])
+        )
     ]
 
 
-def _of_class(label: int, pixels: NDArray[np.bool_], instances: bool) -> Iterator[Region]:
+def _of_class(
+    label: int, pixels: NDArray[np.bool_], instances: bool, evidence: Plane | None
+) -> Iterator[Region]:
     parts, count = components(pixels) if instances else (pixels.astype(np.int32), 1)
+    if evidence is not None:
+        parts, count = separate(pixels, evidence)
     y, x = np.nonzero(pixels)
     whole = (slice(y.min(), y.max() + 1), slice(x.min(), x.max() + 1))
     for number, box in labelled_boxes(parts, count) if instances else [(1, whole)]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.data.output_folders import read_index
 from lpcam.formats.masks.base import Format, MaskEntry, Picture, regions
 from lpcam.formats.registry import FORMATS
+from lpcam.method.objects import Plane
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import write_bytes, write_json
 from lpcam.runtime.parallel import ordered_map
@@ -54,6 +56,7 @@ def export_masks(
     format: str,
     *,
     instances: bool = False,
+    evidence: Callable[..., Plane] | None = None,
     image_root: str = "",
     workers: int = 1,
     made_by: Mapping[str, Any] | None = None,
@@ -61,8 +64,9 @@ def export_masks(
     """Write masks in the format of another tool; what cannot be used is left out, with the reason.
 
     A later call into the same folder replaces what an earlier one wrote in the same format, and no
-    other file. With ``instances`` an object is a connected component of a class; ``image_root`` is
-    the images' folder below the folder that Label Studio serves.
+    other file. With ``instances`` an object is a connected component of a class, or with
+    ``evidence`` (``Explainer.discriminative``) one of the objects that it separates, which needs
+    the images; ``image_root`` is the images' folder below the folder that Label Studio serves.
     """
     writer = FORMATS[format]
     if writer.refers_to_images:
@@ -81,6 +85,7 @@ def export_masks(
         "kind": _KIND,
         "masks": format,
         "instances": instances,
+        "separated": evidence is not None,
         "classes": {"names": classes.names, "mask_ids": classes.mask_ids},
         "ignored": writer.ignored,
         "images_below": None if images_below is None else str(images_below),
@@ -95,7 +100,12 @@ def export_masks(
         try:
             size = None if entry.image is None else upright_size(entry.image, entry.reading)
             mask = read_index_mask(entry.mask, size=size)
-            objects = regions(mask, classes, instances=instances)
+            objects = regions(
+                mask,
+                classes,
+                instances=instances,
+                evidence=evidence and partial(evidence, entry.image),
+            )
             picture = Picture(entry, prefix + entry.name, mask, objects, classes)
             writer.write(picture, [output / path for path in writer.paths(entry)])
         except DataError as error:
