@@ -18,7 +18,7 @@ from lpcam.data.map_files import read_maps
 from lpcam.data.resize import scaled_size
 from lpcam.pipeline import engine as module
 from lpcam.pipeline.recipe import load_recipe
-from lpcam.pipeline.run import run
+from lpcam.pipeline.run import run, segment
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.errors import ClassifierError, LpcamError
 from lpcam.runtime.files import read_json, write_json
@@ -185,3 +185,22 @@ def test_samples_are_small_and_large_images(tmp_path: Path) -> None:
     assert given[1] == areas[2] and abs(given[0] - 4 * areas[0]) < 10
     assert abs(given[2] - areas[-1] / 4) < areas[-1] / 20
     assert all(float(one.min()) >= -1 and float(one.max()) <= 1 for one in found)
+
+
+def test_masks_of_another_program_need_no_weights_of_a_classifier(
+    values: dict[str, Any], tmp_path: Path
+) -> None:
+    values["classifier"]["weights"] = str(tmp_path / "missing.safetensors")
+    values["lpcam"]["preset"] = "frozen"
+    values["run"] |= {"engine": "auto"}
+    values["segment"] = {
+        "backbone": "test_resnet",
+        "weights": "random",
+        "training": {"preset": "light", "iterations": 1, "batch_size": 2, "crop": 49},
+    }
+    path = tmp_path / "given.yaml"
+    write_json(path, values)
+    segment(load_recipe(path), tmp_path / "data/masks")
+    folder = RunFolder(values["run"]["folder"])
+    assert record(folder)["engine"] == "onnxruntime"
+    assert list((folder / "test/given").glob("*.png"))

@@ -486,7 +486,9 @@ class Context:
     def engine(self) -> Engine:
         """What runs the passes of frozen networks; decided once for the weights of a run folder."""
         made = self.results["classifier"].output if "classifier" in self.results else {}
-        weights = made.get("fingerprint", self.recipe.classifier.backbone_key())
+        weights = made.get("fingerprint")
+        if weights is None and self.makes_maps:  # else its weights need not be there
+            weights = self.recipe.classifier.backbone_key()
 
         def given() -> tuple[Classifier, Sequence[str]]:
             classifier = self.classifier if made else self.untrained()
