@@ -14,9 +14,7 @@ from lpcam.data.dataset import Dataset, Item, Skip, check_unique, safe_id
 from lpcam.data.images import IMAGE_SUFFIXES, is_image
 from lpcam.runtime.errors import DataError, shortened
 
-NEGATIVES = (
-    "negatives"  #: Name of the list of images that show none of the classes, and of its ids.
-)
+NEGATIVES = "negatives"  #: List of the images that show none of the classes; their ids' start.
 
 _REMEDIES = {
     ".heic .heif .hif": "save them as JPEG",
@@ -89,17 +87,14 @@ def list_images(
 def with_negatives(dataset: Dataset, folder: Path) -> Dataset:
     """A copy of a data set with images of a folder that show none of the classes.
 
-    Their ids begin with ``negatives/`` and make the list `NEGATIVES`. DataError if the folder has
-    no image, or one that the data set labels, or if the data set has that list or these ids.
+    Their ids begin with ``negatives/``. DataError if there is none, or one that is labelled.
     """
-    if not folder.is_dir():
-        raise DataError(
-            f"there is no folder of negatives {folder}; give a folder of images without any of the "
-            "classes, or leave data.negatives out"
-        )
     found = list_images(folder)
     if not found.images:
-        raise DataError(f"there is no image below {folder} (data.negatives); add some")
+        raise DataError(
+            f"there is no image below {folder} (data.negatives); give a folder of images without "
+            "any of the classes, or leave data.negatives out"
+        )
     items = {
         name: Item(name, path, (), file_name=own, reading=dataset.reading)
         for own, path in found.images
