@@ -79,17 +79,14 @@ def list_images(
 def with_negatives(dataset: Dataset, folder: Path) -> Dataset:
     """A copy of a data set with images of a folder that show none of the classes.
 
-    Their ids begin with ``negatives/`` and make the list `NEGATIVES`. DataError if the folder has
-    no image, or one that the data set labels, or if the data set has that list or these ids.
+    Their ids begin with ``negatives/``. DataError if there is none, or one that is labelled.
     """
-    if not folder.is_dir():
-        raise DataError(
-            f"there is no folder of negatives {folder}; give a folder of images without any of the "
-            "classes, or leave data.negatives out"
-        )
     found = list_images(folder)
     if not found.images:
-        raise DataError(f"there is no image below {folder} (data.negatives); add some")
+        raise DataError(
+            f"there is no image below {folder} (data.negatives); give a folder of images without "
+            "any of the classes, or leave data.negatives out"
+        )
     items = {
         name: Item(name, path, (), file_name=own, reading=dataset.reading)
         for own, path in found.images

@@ -72,10 +72,7 @@ def read_negatives(loader: Batches, channels: int) -> Iterator[Tensor]:
 def with_new_head(
     source: WrappedModel, loader: Batches, negatives: Batches | None = None
 ) -> WrappedModel:
-    """A source with a linear head that is fitted to the pooled features of a loader's images.
-
-    Images of ``negatives`` have no class.
-    """
+    """A source with a linear head, fitted to the pooled features of images, some of no class."""
     check_readable_twice(loader, "fitting a new head")
     settings = ProbeSettings.from_preset("default")
     pooled, labels = [], []

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -22,8 +23,7 @@ from lpcam.method.functional import unit
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings, NegativeSettings
 
-Origin = Literal["data", "folder"]
-"""Where images without a class are from: the data set itself, or a folder of negatives."""
+Origin = Literal["data", "folder"]  #: Images of the data set, or of a folder of negatives.
 Seen = tuple[Collection[int] | None, Mapping[int, Tensor]]
 """The labels of an image, None for one of a folder of negatives, and what :func:`best_cosines`
 found for each class that it is compared with."""
@@ -93,11 +93,8 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
                 lacking.setdefault((index, source), []).append(best)
     foreground, events, choices = prototypes.foreground, list(prototypes.events), list[Choice]()
     fire = torch.full_like(foreground.scores, float("nan"))
-    used: dict[Origin, float] = {}
-    if settings.reject_by != "none":
-        used["folder"] = settings.hardest
-    if settings.reject_by == "all":
-        used["data"] = 1.0
+    hardest: dict[Origin, float] = {"folder": settings.hardest, "data": 1.0}
+    used = {"none": (), "folder": ("folder",), "all": ("data", "folder")}[settings.reject_by]
     for index, rows in sorted(having.items()):
         name, kept, there = prototypes.classes[index], foreground.keep[index], torch.stack(rows)
         share = torch.full_like(foreground.scores[index], float("inf"))
@@ -109,17 +106,14 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
             fire[index] = torch.fmax(fire[index], rates)
             if source not in used or not bool(kept.any()):
                 continue
-            margin = margins(without, there, used[source])
+            margin = margins(without, there, hardest[source])
             largest = float(margin[kept].max())
             if largest <= 0:
-                where = "data set" if source == "data" else "folder of negatives"
-                events.append(
-                    f"{name}: no prototype is more similar to its images than to those of the "
-                    f"{where} without it, so these reject none"
-                )
+                where = "of the data set without it" if source == "data" else "of data.negatives"
+                events.append(f"{name}: no prototype is nearer to its images than to those {where}")
                 continue
             share = torch.minimum(share, margin / largest)
-        fire[index][foreground.sizes[index] == 0] = float("nan")
+        fire[index, foreground.sizes[index] == 0] = float("nan")
         rejected = kept & (share < settings.margin)
         best = torch.where(kept, share, -torch.inf).argsort(descending=True, stable=True)
         rejected[best[: max(1, math.ceil(settings.keep * int(kept.sum())))]] = False
@@ -127,8 +121,7 @@ def compare(prototypes: Prototypes, seen: Iterable[Seen], settings: NegativeSett
             reason = f"{share[number]:.2f} of the best margin of its class"
             own = Choice(name, "foreground", number, "drop", by="negatives", reason=reason)
             choices.append(own)
-    measured = replace(foreground, fire=fire)
-    made = replace(prototypes, foreground=measured, events=tuple(events))
+    made = replace(prototypes, foreground=replace(foreground, fire=fire), events=tuple(events))
     return made.with_choices(choices)
 
 
@@ -146,19 +139,16 @@ def compare_loaders(
     """
     channels, centers = source.channels_in, prototypes.foreground.centers
     own = settings.negatives or NegativeSettings(reject_by="folder")
-    everything = list(range(len(centers)))
+    batches: list[Iterable[tuple[Tensor, Sequence[list[int] | None]]]] = [
+        read_all(loader, channels, source.classes),
+        ((images, [None] * len(images)) for images in read_negatives(negatives, channels)),
+    ]
     seen: list[Seen] = []
-
-    def see(images: Tensor, labels: Sequence[list[int] | None]) -> None:
+    for images, chosen in chain.from_iterable(batches):
         with full_precision(source.device):
             (pair,) = tensor_pyramid(source, images.to(source.device), (1.0,), flip=False)
-        for features, classes in zip(pair.features.cpu(), labels, strict=True):
-            rows = everything if classes is None or own.reject_by == "all" else classes
+        for features, labels in zip(pair.features.cpu(), chosen, strict=True):
+            rows = [*range(len(centers))] if labels is None or own.reject_by == "all" else labels
             best = best_cosines(features, centers[rows])
-            seen.append((classes, dict(zip(rows, best, strict=True))))
-
-    for images, chosen in read_all(loader, channels, source.classes):
-        see(images, chosen)
-    for images in read_negatives(negatives, channels):
-        see(images, [None] * len(images))
+            seen.append((labels, dict(zip(rows, best, strict=True))))
     return compare(prototypes, seen, own)

@@ -76,7 +76,7 @@ class Centers:
 
     def fire_text(self, index: int, number: int) -> str:
         """The fire rate of a centre in words; empty if none was measured."""
-        rate = float("nan") if self.fire is None else float(self.fire[index, number])
+        rate = math.nan if self.fire is None else float(self.fire[index, number])
         return "" if math.isnan(rate) else f"fire rate {rate:.2f}"
 
     def prototypes(self, index: int) -> Tensor:

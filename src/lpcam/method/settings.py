@@ -125,11 +125,9 @@ class NegativeSettings(Section):
     """Prototypes whose margin is below this share of their class's largest one are dropped. The
     margin is the best cosine in an image with the class minus that in one without, in the mean."""
     keep: Fraction = 0.5
-    """Share of a class's prototypes, those of the largest margins, that are never dropped; one at
-    least. Smaller: fewer false positives, less of the object."""
+    """Share of a class's prototypes, those of the largest margins, that always stay."""
     hardest: Annotated[float, Field(gt=0.0, le=1.0)] = 0.1
-    """Share of the images of data.negatives, the most similar ones of each prototype, that count.
-    Smaller: a few images of what a prototype shows are enough to reject it."""
+    """Share of the images of data.negatives, the most similar to each prototype, that count."""
     reject_by: Literal["none", "folder", "all"] = "none"
     """Images that reject: none, those of data.negatives, or also those of the data set without a
     label. The fire rates of the report are measured on both in any case."""

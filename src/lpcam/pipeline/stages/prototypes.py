@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,8 +34,7 @@ CHECKPOINT_SHARE = 10
 """Minimum ratio of that time to the duration of the last checkpoint, which may be large."""
 BLANK = 96  #: Side, in pixels, of an image that shows how many features a network has.
 COMPARED = 200
-"""Images of the data set that prototypes are compared with, or 25 for each class if that is more.
-At most so many count as images without a class, and as many without any."""
+"""Images of the data set that prototypes are compared with, of many classes 25 for each."""
 Local = Callable[[list[Item]], Sequence[tuple[Tensor, Tensor]]]
 """Gives the features (C, h, w) of each image of a batch, and the maps (K, H, W) that split them."""
 
@@ -73,10 +73,8 @@ def cluster(context: Context) -> Iterator[Task]:
     }
     compared = _compared(context)
     if settings.negatives is not None:
-        parts["negatives"] = {
-            "settings": settings.negatives.model_dump(mode="json"),
-            "images": context.digest(compared),
-        }
+        own = settings.negatives.model_dump(mode="json")
+        parts["negatives"] = {"settings": own, "images": context.digest(compared)}
 
     def prepare() -> Tensor:
         _check_memory(context, context.classifier)
@@ -92,17 +90,8 @@ def cluster(context: Context) -> Iterator[Task]:
             return [(features, split(item, features)) for item, features in found]
 
         scorer, label = (weight, None), "local features"
-        return make(
-            context,
-            result,
-            items,
-            settings,
-            local,
-            scorer,
-            classifier,
-            label,
-            lambda found: _rejected(context, found, compared),
-        )
+        finish = partial(_rejected, context, compared)
+        return make(context, result, items, settings, local, scorer, classifier, label, finish)
 
     def split(item: Item, features: Tensor) -> Tensor:
         path, weight = map_path(context.folder / "cam", item.id), context.classifier.weight
@@ -116,35 +105,28 @@ def cluster(context: Context) -> Iterator[Task]:
         value = f"{getattr(settings, name):g} times the best score"
         context.chose(f"lpcam.{name}", value, "of the foreground centres of each class")
     if rejected := context.results["prototypes"].output.get("rejected"):
-        reason = f"the images of data.negatives show what they show ({len(context.negatives)})"
-        if settings.negatives is not None and settings.negatives.reject_by == "all":
-            reason = "images without their class show what they show"
+        reason = "images without their class show the same"
         context.chose("prototypes", f"{rejected} dropped by negatives", reason)
     if context.lpcam.corrected:
         yield _choose(context)
 
 
 def _compared(context: Context) -> list[Item]:
-    """Images that prototypes are compared with: some of the data set, and all of the negatives."""
+    """Images that prototypes are compared with: some of the data set, and all negatives."""
     count = max(COMPARED, IMAGES_PER_CLASS * len(context.dataset.classes))
     unlabelled = [item for item in context.items("maps") if not item.labels]
-    return [*sampled(context, count), *_spread(unlabelled), *context.negatives]
+    return [*sampled(context, count), *unlabelled[:COMPARED], *context.negatives]
 
 
-def _spread(items: Sequence[Item]) -> Sequence[Item]:
-    """At most `COMPARED` of the items, at equal distances."""
-    return items[:: max(1, -(-len(items) // COMPARED))]
-
-
-def _rejected(context: Context, found: Prototypes, items: Sequence[Item]) -> Prototypes:
+def _rejected(context: Context, items: Sequence[Item], found: Prototypes) -> Prototypes:
     """Prototypes with fire rates, without those that images without their class reject."""
     settings, store = context.lpcam.negatives, context.store(context.classifier)
     if settings is None:
         return found
     centers, outside = found.foreground.centers, {item.id for item in context.negatives}
     fitted = set(torch.nonzero(found.foreground.sizes.any(1)).flatten().tolist())
-    labelled = [item for item in items if item.labels]
-    some = {item.id for item in _spread(labelled)}
+    labelled = [item.id for item in items if item.labels]
+    some = {*labelled[:: -(-len(labelled) // COMPARED) or 1]}  # at equal distances
 
     @torch.inference_mode()
     def see(item: Item) -> Seen:
@@ -156,12 +138,7 @@ def _rejected(context: Context, found: Prototypes, items: Sequence[Item]) -> Pro
             best = best_cosines(features, centers[classes])
         return labels, dict(zip(classes, best, strict=True))
 
-    with progress("negatives", len(items)) as advance:
-        seen = []
-        for one in context.sharing.map(see, items):
-            seen.append(one)
-            advance(1, "")
-    return compare(found, seen, settings)
+    return compare(found, context.sharing.map(see, items), settings)
 
 
 def _choose(context: Context) -> Task:
@@ -225,10 +202,9 @@ def make(
     (path,) = result.files
     prototypes = finish(prototypes)
     prototypes.save(path)
-    told = {"events": list(prototypes.events), "images": len(used)}
-    if prototypes.choices:
-        told["rejected"] = len(prototypes.choices)
-    return {"digest": digest_file(path), **told}
+    told = {"events": [*prototypes.events], "images": len(used)}
+    rejected = {"rejected": len(prototypes.choices)} if prototypes.choices else {}
+    return {"digest": digest_file(path), **told, **rejected}
 
 
 def _drawn(
