@@ -246,7 +246,7 @@ def instances(
     Example:
         >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3)
         >>> [(one.box.x0, one.box.x1) for one in found]
-        [(2, 5), (0, 2)]
+        [(0, 3), (3, 5)]
     """
     plane = _finite(values)
     known = plane if evidence is None else _finite(evidence)
