@@ -283,8 +283,7 @@ class Explainer:
         mapped, settings = limit_long_side(whole, self.maximum_side), self.settings
         with self._lock:
             pairs, _ = self._pyramid(mapped, settings.scales, flip=settings.flip, early=False)
-        of_class = self.prototypes.foreground.prototypes
-        prototypes = [of_class(index) for index in range(len(self.classes))]
+        prototypes = [self.prototypes.foreground.prototypes(n) for n in range(len(self.classes))]
         weight = single(self.classifier.weight)
         plane = discriminative_map(pairs, weight, prototypes, place, mapped.shape[:2])
         return np.asarray(resize(plane[None], whole.shape[:2])[0].float().cpu())

@@ -85,6 +85,7 @@ def discriminative_map(
         pairs: features (C, h, w) of one image for each scale.
         weight: (N, C), rows of all classes.
         prototypes: class prototypes (M, C) for each of the N classes; M may be 0.
+        index: 0-based class index.
         size: (H, W) of the image in pixels.
     """
     # A class without prototypes has zeros, which are nearest to nothing.

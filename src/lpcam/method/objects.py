@@ -59,8 +59,7 @@ class Instance:
 
     box: Box
     peak: Point
-    mask: NDArray[np.bool_] = field(repr=False, compare=False)
-    """(H, W) bool, as large as the image: True on the pixels of the instance."""
+    mask: NDArray[np.bool_] = field(repr=False, compare=False)  #: (H, W), of the whole image.
 
     def as_dict(self) -> dict[str, Any]:
         """Fields of the box, and ``peak``. :func:`polygons` describes the mask."""
@@ -91,8 +90,7 @@ def separate(mask: Plane, evidence: Plane) -> tuple[NDArray[np.int32], int]:
 
     Args:
         mask: (H, W), not 0 on the class.
-        evidence: (H, W) >= 0, high on the parts that only this class has, as
-            :func:`lpcam.method.multi_scale.discriminative_map` makes it.
+        evidence: (H, W) >= 0, such as :func:`lpcam.method.multi_scale.discriminative_map`.
 
     Example:
         >>> separate(np.ones((1, 7)), np.array([[0, 9, 0, 0, 0, 8, 0]]))[0].tolist()
@@ -248,7 +246,7 @@ def instances(
     Example:
         >>> found = instances(np.array([[0.9, 0.5, 0.4, 0.8, 0.6]]), 0.3)
         >>> [(one.box.x0, one.box.x1) for one in found]
-        [(2, 5), (0, 2)]
+        [(0, 3), (3, 5)]
     """
     plane = _finite(values)
     known = plane if evidence is None else _finite(evidence)
