@@ -148,7 +148,7 @@ def accelerated(
     if engine != "torch":
         call, below = shallow_copy(twin), twin.backbone
         outputs = _Outputs(call, call.features, below, layers)
-        twin.backbone = network_of(outputs, engine, file, images, layers, precision)
+        twin.backbone = _network_of(outputs, engine, file, images, layers, precision)
         twin.gives_tokens = False
     return twin
 
@@ -167,10 +167,10 @@ def accelerated_network(
     if engine == "torch":
         return network
     outputs = _Outputs(network, call or network, network, ())
-    return network_of(outputs, engine, file, images, (), "float32")
+    return _network_of(outputs, engine, file, images, (), "float32")
 
 
-def network_of(
+def _network_of(
     outputs: _Outputs,
     engine: Engine,
     file: Path | None,
