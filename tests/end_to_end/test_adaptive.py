@@ -69,8 +69,8 @@ def choices(values: Values) -> dict[str, tuple[str, str]]:
 
 def results(folder: Path) -> dict[str, str]:
     """Digest of every file of a run but its recipe, which names the folder, and its report."""
-    others = ("recipe.yaml", "report/stage.json")
-    return {name: value for name, value in digests(folder).items() if name not in others}
+    found = digests(folder).items()
+    return {n: v for n, v in found if n != "recipe.yaml" and not n.startswith("report/")}
 
 
 def cut(folder: Path, name: str, threshold: float) -> np.ndarray:

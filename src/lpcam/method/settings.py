@@ -81,7 +81,7 @@ class MappingSettings(Section):
     """Whether the mirrored image is mapped too."""
     cam_epsilon: Annotated[float, Field(ge=0.0)]
     """Constant added to the maximum by which a CAM is divided."""
-    weights: Literal["equal", "size", "score"] = "equal"
+    weights: Literal["equal", "size", "score"]
     """Weight of a prototype among those of its class and side: all alike, by the number of its
     local features, or by the classifier's certainty (the score, or 1 - score in the context)."""
 
@@ -143,9 +143,9 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
     preset: str = "voc12.official"
     early: EarlySettings | None
     """Early layers of the backbone, for the maps LPCAM-E; null: none."""
-    negatives: NegativeSettings | None = None
+    negatives: NegativeSettings | None
     """Compare prototypes with images without their class; null: do not."""
-    choices: RecipePath | None = None
+    choices: RecipePath | None
     """File of choices about the prototypes, such as prototypes.yaml of a report; null: none."""
     _automatic: frozenset[str] = PrivateAttr(default=frozenset())
 
