@@ -37,6 +37,17 @@ def test_processes_share_the_processors(
     assert available_threads() == processors
 
 
+def control_groups(folder: Path, lines: str, files: dict[str, str]) -> tuple[Path, Path]:
+    """The file of a process's groups, and the folder of all groups."""
+    membership = folder / "cgroup"
+    membership.write_text(lines, "utf-8")
+    for name, text in files.items():
+        path = folder / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, "utf-8")
+    return membership, folder / "groups"
+
+
 @pytest.mark.parametrize(
     ("lines", "files", "expected"),
     [
@@ -57,13 +68,7 @@ def test_processes_share_the_processors(
 def test_limits_of_control_groups(
     tmp_path: Path, lines: str, files: dict[str, str], expected: set[int]
 ) -> None:
-    membership = tmp_path / "cgroup"
-    membership.write_text(lines, "utf-8")
-    for name, text in files.items():
-        path = tmp_path / "groups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    assert set(container_limits(membership, tmp_path / "groups")) == expected
+    assert set(container_limits(*control_groups(tmp_path, lines, files))) == expected
 
 
 @pytest.mark.parametrize(
@@ -85,13 +90,7 @@ def test_limits_of_control_groups(
 def test_quotas_of_control_groups(
     tmp_path: Path, lines: str, files: dict[str, str], expected: set[float]
 ) -> None:
-    membership = tmp_path / "cgroup"
-    membership.write_text(lines, "utf-8")
-    for name, text in files.items():
-        path = tmp_path / "groups" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, "utf-8")
-    assert set(processor_quotas(membership, tmp_path / "groups")) == expected
+    assert set(processor_quotas(*control_groups(tmp_path, lines, files))) == expected
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import logging
 import tempfile
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import Classifier, SameConvolution
+from lpcam.classifiers.classifier import PROBE_SIZE, Classifier, SameConvolution
 from lpcam.runtime.errors import ClassifierError, import_extra
 from lpcam.runtime.files import digest_tensors, write_bytes
 from lpcam.runtime.resources import available_threads, native_bfloat16
@@ -31,7 +32,6 @@ EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}
 """Extra that installs each runtime of ONNX files, together with ``onnx``, which exports them."""
 LARGEST_ERROR, MEAN_ERROR = 1e-3, 1e-4
 """Accepted differences from torch's outputs, relative to the largest value of an output."""
-TRACED_SIZE = (97, 131)  #: (H, W) of the traced images; no size that a network would round.
 _OPSET = 18
 
 
@@ -148,7 +148,7 @@ def accelerated(
     if engine != "torch":
         call, below = shallow_copy(twin), twin.backbone
         outputs = _Outputs(call, call.features, below, layers)
-        twin.backbone = _network_of(outputs, engine, file, images, layers, precision)
+        twin.backbone = _network_of(outputs, engine, file, images, precision)
         twin.gives_tokens = False
     return twin
 
@@ -167,7 +167,7 @@ def accelerated_network(
     if engine == "torch":
         return network
     outputs = _Outputs(network, call or network, network, ())
-    return _network_of(outputs, engine, file, images, (), "float32")
+    return _network_of(outputs, engine, file, images, "float32")
 
 
 def _network_of(
@@ -175,7 +175,6 @@ def _network_of(
     engine: Engine,
     file: Path | None,
     images: Callable[[], Sequence[Tensor]],
-    layers: Sequence[str],
     precision: Precision,
 ) -> EngineNetwork:
     """The network of an engine, compared with torch where it is new."""
@@ -195,7 +194,7 @@ def _network_of(
         _compare(outputs, run, images() if precision == "float32" else ())
         if file is not None and engine != "compile":
             write_bytes(file, data)
-    return EngineNetwork(run, layers)
+    return EngineNetwork(run, outputs.layers)
 
 
 def file_name(network: nn.Module, layers: Sequence[str] = ()) -> str:
@@ -284,7 +283,7 @@ def _exported(outputs: _Outputs) -> bytes:
             first = next(outputs.parameters())
             torch.onnx.export(
                 outputs,
-                (first.new_zeros(2, 3, *TRACED_SIZE),),
+                (first.new_zeros(2, 3, *PROBE_SIZE),),
                 file,
                 dynamo=False,
                 opset_version=_OPSET,
@@ -300,25 +299,40 @@ def _exported(outputs: _Outputs) -> bytes:
             setattr(module, name, child)
 
 
-class _OnnxRuntime:
-    """Runs an ONNX file with as many threads as torch has in the calling thread."""
+class _Runtime(ABC):
+    """Runs an ONNX file; made for each number of threads that torch has in a calling thread."""
 
     layout = torch.contiguous_format
 
-    def __init__(self, data: bytes, _: Precision) -> None:
-        self._data, self._lock = data, threading.Lock()
-        threads = torch.get_num_threads()
-        self._sessions = {threads: self._session(threads)}
+    def __init__(self, data: bytes, precision: Precision) -> None:
+        self._data, self._precision, self._lock = data, precision, threading.Lock()
+        self._made = dict[int, Any]()
+        self._here()  # what cannot be loaded is told now
+
+    def _here(self) -> Any:
+        with self._lock:
+            threads = torch.get_num_threads()
+            if threads not in self._made:
+                self._made[threads] = self._make(threads)
+            return self._made[threads]
+
+    @abstractmethod
+    def _make(self, threads: int) -> Any:
+        """What runs the file with some threads."""
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """The outputs for images (B, c, H, W)."""
+
+
+class _OnnxRuntime(_Runtime):
+    """ONNX Runtime, with as many threads as torch has."""
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        with self._lock:
-            session = self._sessions.get(threads := torch.get_num_threads())
-            if session is None:
-                session = self._sessions[threads] = self._session(threads)
         given = {"images": images.contiguous().numpy()}
-        return [torch.from_numpy(output) for output in session.run(None, given)]
+        return [torch.from_numpy(output) for output in self._here().run(None, given)]
 
-    def _session(self, threads: int) -> Any:
+    def _make(self, threads: int) -> Any:
         runtime = import_extra("onnxruntime", "onnx", "run.engine onnxruntime needs it")
         options = runtime.SessionOptions()
         options.log_severity_level = 3
@@ -326,26 +340,15 @@ class _OnnxRuntime:
         return runtime.InferenceSession(self._data, options, providers=["CPUExecutionProvider"])
 
 
-class _OpenVino:
-    """Runs an ONNX file by OpenVINO: images side by side, or one with all threads of torch."""
-
-    layout = torch.contiguous_format
-
-    def __init__(self, data: bytes, precision: Precision) -> None:
-        self._data, self._precision, self._lock = data, precision, threading.Lock()
-        threads = torch.get_num_threads()
-        self._compiled = {threads: self._compile(threads)}
+class _OpenVino(_Runtime):
+    """OpenVINO: images side by side, or one with all threads of torch."""
 
     def __call__(self, images: Tensor) -> list[Tensor]:
-        with self._lock:
-            compiled = self._compiled.get(threads := torch.get_num_threads())
-            if compiled is None:
-                compiled = self._compiled[threads] = self._compile(threads)
-            request = compiled.create_infer_request()
-        found = request.infer({0: images.contiguous().numpy()})
+        compiled = self._here()
+        found = compiled.create_infer_request().infer({0: images.contiguous().numpy()})
         return [torch.from_numpy(found[place]) for place in range(len(compiled.outputs))]
 
-    def _compile(self, threads: int) -> Any:
+    def _make(self, threads: int) -> Any:
         runtime = import_extra("openvino", "openvino", "run.engine openvino needs it")
         core = runtime.Core()
         streams = available_threads() if threads == 1 else 1

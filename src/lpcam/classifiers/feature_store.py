@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.early_layers import Tap
+from lpcam.classifiers.engines import Precision
 from lpcam.classifiers.features import FeaturePair, all_finite, features_of
 from lpcam.data.dataset import Item
 from lpcam.data.images import limit_long_side, resize_image
@@ -32,7 +33,7 @@ class FeatureSettings(Section):
 
     features: Literal["float16", "float32"] = "float16"
     """Precision in which features are stored. float16 halves the memory."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     """Precision of the backbone's passes. The others are faster where the hardware supports them,
     and change maps by more than rounding (docs/performance.md)."""
     maximum_side: Annotated[int, Field(ge=16)] = 1024
@@ -83,7 +84,7 @@ class FeatureStore:
         dtype: Literal["float16", "float32"],
         budget: int,
         keep: Iterable[str],
-        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        precision: Precision = "float32",
         early: Sequence[str] = (),
         folded: Callable[[Classifier], Classifier] = Classifier.folded,
     ) -> None:

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
+from lpcam.classifiers.engines import Precision
 from lpcam.classifiers.feature_store import PRECISIONS, image_pyramid
 from lpcam.classifiers.features import FeaturePair, image_of, single, tapped_pyramid
 from lpcam.classifiers.wrapped import WrappedModel
@@ -103,7 +104,7 @@ class Explainer:
         mask_ids: Sequence[int] | None = None,
         scoring: Scoring | None = None,
         score_side: int | None = None,
-        precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        precision: Precision = "float32",
         maximum_side: int = 1024,
         foreground_only: bool = False,
         early: EarlyPrototypes | None = None,

@@ -143,7 +143,8 @@ class Task:
 
     results: Sequence[Result]
     work: Callable[..., Output | None]
-    """Gets the results in their order; what it returns in the first process is recorded of them."""
+    """Gets the results to be made in their order; what it returns in the first process is recorded
+    of them."""
     prepare: Callable[[], Any] | None = None
     """Called before files of another key are removed. What it returns is the first argument of
     ``work``."""

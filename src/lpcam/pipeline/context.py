@@ -142,18 +142,17 @@ class Context:
     ) -> Task:
         """A task that makes files of each image, unless all of them are there.
 
-        It has a result for each name in ``parts``. ``start``, called with those that are not up to
-        date, returns what makes their files of an image. They change by class as those of
+        It has a result for each name in ``parts``. ``start``, called with those to be made,
+        returns what makes their files of an image. They change by class as those of
         ``source`` do, from which they are made.
         """
 
         def work(*results: Result) -> None:
-            wanted = [result for result in results if not result.done()] or results
-            make = start(*wanted)
+            make = start(*results)
 
             @torch.inference_mode()
             def unless_made(item: Item) -> None:
-                if all(f(one.folder, item.id).is_file() for one in wanted for f in files):
+                if all(f(one.folder, item.id).is_file() for one in results for f in files):
                     return
                 try:
                     make(item)
@@ -252,7 +251,7 @@ class Context:
                 for result in wanted:
                     result.begin()
             self.processes.wait()
-            output = task.work(*prepared, *results) or {}
+            output = task.work(*prepared, *wanted) or {}
             self.processes.wait()
             if first:
                 for result in wanted:

@@ -99,6 +99,8 @@ class RunEngine:
         self, classifier: Classifier, *, engine: Engine, layers: Sequence[str]
     ) -> Classifier:
         """A classifier as an engine runs it, with early layers."""
+        if engine == "torch":
+            return classifier.folded()
         file = self._file(classifier.backbone, layers)
         how: dict[str, Any] = {"layers": layers, "precision": self.precision}
         return accelerated(classifier, engine, file, self.samples, **how)
@@ -107,6 +109,8 @@ class RunEngine:
         self, network: nn.Module, engine: Engine, call: Callable[[Tensor], Any] | None
     ) -> nn.Module:
         """A frozen network as an engine runs it; as it is, which is told, where it cannot."""
+        if engine == "torch":
+            return network
         try:
             return accelerated_network(network, engine, self._file(network), self.samples, call)
         except ClassifierError as error:

@@ -212,6 +212,8 @@ class RunFolder:
         """The classifier as the run's engine runs it, where its file and the engine are there."""
         record = read_json(self.engine_record) if self.engine_record.is_file() else {}
         engine, layers = record.get("engine", "torch"), record.get("layers", ())
+        if engine == "torch":
+            return classifier.folded()
         file = self.engine / file_name(classifier.backbone, layers)
         try:
             engine = choose_engine(engine if file.is_file() else "torch", classifier.device)
