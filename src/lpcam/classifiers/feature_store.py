@@ -98,6 +98,8 @@ class FeatureStore:
         self.precision = PRECISIONS[precision]
         self.used = 0
         self.passes = 0  #: Images that went through the backbone, each with its mirror, at a scale.
+        self.pooled: dict[tuple[str, int | None, bool], Tensor] = {}
+        """Pooled features (V, C) of an image with a long side, mirrored or not, for another run."""
         self._kept: dict[tuple[str, float | str], Tensor] = {}
         self._lock = threading.Lock()
 

@@ -85,8 +85,13 @@ def pooled_features(
     mine, processes = sharing.mine(items), sharing.processes
     shards = f"of-{processes.count}-by-{sharing.batch}"  # shards of other shares do not fit
 
+    def key(item: Item) -> tuple[str, int | None, bool]:
+        return item.id, settings.long_side, settings.mirror
+
     @torch.inference_mode()
     def pool(batch: list[Item]) -> Tensor:
+        if all(key(item) in store.pooled for item in batch):
+            return torch.stack([store.pooled[key(item)] for item in batch])
         side, known = settings.long_side, sharing.sizes.get(batch[0].id)
         shared = [1.0] if side is None else _same_scales(known, side, scales, store.maximum_side)
         if shared and (store.flip or not settings.mirror):
@@ -112,6 +117,7 @@ def pooled_features(
             for batch, pooled in zip(batches, sharing.map(pool, batches), strict=True):
                 # a bare id may be a reserved name
                 names = (f"image {item.id}" for item in batch)
+                store.pooled |= dict(zip(map(key, batch), pooled, strict=True))
                 rows |= dict(zip(names, pooled, strict=True))
                 advance(len(batch), "")
             write_tensors(path, rows, {"kind": "pooled features"})

@@ -13,13 +13,13 @@ import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lpcam.runtime.errors import ArtefactError
-from lpcam.runtime.files import digest_json, read_json, write_json
+from lpcam.runtime.files import digest_json, link, read_json, write_json
 from lpcam.runtime.versions import versions
 
 logger = logging.getLogger(__name__)
@@ -104,6 +104,18 @@ class Result:
         """Record that the result is finished, with what later stages need to know of it."""
         self.output = dict(output)
         self._write(done=True)
+
+    def take(self, run: Path) -> bool:
+        """Take the files over from the folder of another run that has finished the same result."""
+        if not all(path.is_relative_to(self.folder) for path in self.files):
+            return False
+        source = run / self.name
+        files = [source / path.relative_to(self.folder) for path in self.files]
+        if not replace(self, folder=source, files=files).done():
+            return False
+        self.begin()
+        link(source, self.folder, last=RECORD)
+        return self.done()
 
     def _record(self) -> Record | None:
         path = self.folder / RECORD

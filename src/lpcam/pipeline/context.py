@@ -17,7 +17,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import Classifier, build
+from lpcam.classifiers.classifier import RANDOM, Classifier, build
 from lpcam.classifiers.early_layers import early_layers
 from lpcam.classifiers.engines import Engine
 from lpcam.classifiers.feature_store import FeatureStore
@@ -36,7 +36,7 @@ from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError, LpcamError, RecipeError
-from lpcam.runtime.files import digest_file, digest_json, read_json, write_bytes, write_json
+from lpcam.runtime.files import digest_file, digest_json, link, read_json, write_bytes, write_json
 from lpcam.runtime.progress import progress
 from lpcam.runtime.resources import (
     available_memory,
@@ -74,6 +74,23 @@ class Given:
     key: str  #: Digest of their contents.
 
 
+@dataclass
+class Shared:
+    """What runs after each other share: their finished results, and features in memory."""
+
+    folders: Sequence[Path] = ()  #: Folders of other runs.
+    store: FeatureStore | None = None
+    key: str = ""  #: Digest of everything that the features depend on.
+
+    def begin(self, folder: Path) -> None:
+        """Give a new run what another one found out about the images and the engine."""
+        other = next((RunFolder(p) for p in self.folders if RunFolder(p).index.is_file()), None)
+        own = RunFolder(folder)
+        if other is not None and not own.index.is_file():
+            write_bytes(own.index, other.index.read_bytes())
+            link(other.engine, own.engine)
+
+
 class Context:
     """One pass over the stages.
 
@@ -90,8 +107,10 @@ class Context:
         stages: Sequence[str],
         only: str | None = None,
         lists: Sequence[ListName] | None = None,
+        shared: Shared | None = None,
     ) -> None:
         self.recipe = recipe
+        self.shared = shared
         self.command = command
         self.processes = processes
         self.device = device or choose_device(recipe.run.device)
@@ -235,7 +254,7 @@ class Context:
         """Make the results of a task unless they are up to date; tell whether they were made."""
         results, first = task.results, self.processes.first
         self.results |= {result.name: result for result in results}
-        stale = [result for result in results if not result.done()]
+        stale = [result for result in results if not (result.done() or self._taken(result))]
         wanted = stale if task.apart and not again else results if again or stale else []
         if wanted:
             if self.only is not None and not again:
@@ -268,6 +287,10 @@ class Context:
                 for path in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
                     path.unlink()
         return bool(wanted)
+
+    def _taken(self, result: Result) -> bool:
+        """Take a result over from a run that shares its results, if one has it."""
+        return self.shared is not None and any(map(result.take, self.shared.folders))
 
     def _index(self) -> tuple[Dataset, dict[str, Record]]:
         """The data set without unreadable images, and a record of each image's files."""
@@ -455,22 +478,38 @@ class Context:
 
     def store(self, classifier: Classifier) -> FeatureStore:
         """The features of the classifier's backbone that the stages share."""
-        if self._store is None:
-            layers = self._early_layers(classifier)
-            section, probe = self.recipe.maps, self.recipe.classifier.probe
-            mirror = self.training_method == "probe" and probe.long_side is None and probe.mirror
-            self._store = FeatureStore(
+        if self._store is not None:
+            return self._store
+        layers = self._early_layers(classifier)
+        section, probe = self.recipe.maps, self.recipe.classifier.probe
+        mirror = self.training_method == "probe" and probe.long_side is None and probe.mirror
+        flip, kept = self.recipe.lpcam.flip or mirror, (*self.items("maps"), *self.items("prototypes"))
+        shared = self.shared or Shared()
+        key = digest_json([self._weights_key(), self.features_key, flip, layers, self.digest(kept)])
+        if shared.key != key or shared.store is None:
+            shared.store = None  # frees its memory before another one fills
+            shared.store = FeatureStore(
                 classifier,
-                flip=self.recipe.lpcam.flip or mirror,
+                flip=flip,
                 maximum_side=section.maximum_side,
                 dtype=section.features,
                 precision=section.precision,
                 budget=int(self.memory() * FEATURES_SHARE),
-                keep=(item.id for item in (*self.items("maps"), *self.items("prototypes"))),
+                keep=(item.id for item in kept),
                 early=layers,
                 folded=partial(self._run_engine.classifier, engine=self.engine, layers=layers),
             )
+            shared.key = key
+        self._store = shared.store
+        self._passes_before = self._store.passes
         return self._store
+
+    def _weights_key(self) -> Any:
+        """What determines the weights of the backbone, as JSON."""
+        section, seed = self.recipe.classifier, self.recipe.run.seed
+        if self.training_method == "probe" and section.trained is None:
+            return [section.backbone_key(), seed if section.weights == RANDOM else None]
+        return self.results["classifier"].output.get("digest", str(self.folder.path))
 
     @cached_property
     def _run_engine(self) -> RunEngine:
@@ -529,7 +568,7 @@ class Context:
     @property
     def passes(self) -> int:
         """Images that went through the backbone so far, each with its mirror, at a scale."""
-        return 0 if self._store is None else self._store.passes
+        return 0 if self._store is None else self._store.passes - self._passes_before
 
     def memory(self) -> float:
         """Memory that this process may use for features, in bytes."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from lpcam.data.reader import ListName
 from lpcam.pipeline.cache import locked
-from lpcam.pipeline.context import Context, skips
+from lpcam.pipeline.context import Context, Shared, skips
 from lpcam.pipeline.datasets import SEGMENT_LISTS
 from lpcam.pipeline.recipe import Recipe, load_recipe
 from lpcam.pipeline.run_folder import RunFolder
@@ -50,6 +50,7 @@ def run(
     *,
     until: str = "report",
     command: str = "",
+    shared: Shared | None = None,
 ) -> RunResult:
     """Bring a run folder up to date, up to and including one stage.
 
@@ -61,6 +62,7 @@ def run(
         changes: values of the recipe to replace, such as ``{"lpcam.tau": 0.25}``.
         until: name of the last stage.
         command: the command line, recorded in the protocol of every score.
+        shared: what it shares with runs before it in this process; None: nothing.
 
     Raises:
         RecipeError: if the recipe is invalid or has no stage of that name.
@@ -82,7 +84,7 @@ def run(
             f"the recipe {recipe.name} has no stage {until!r}; to have it, add "
             f"{REMEDIES[stages[-1].section]}"
         )
-    return _work(recipe, command, stages)
+    return _work(recipe, command, stages, shared=shared)
 
 
 def refine(recipe: Recipe, maps: Path, *, command: str = "") -> RunResult:
@@ -136,6 +138,7 @@ def _work(
     only: str | None = None,
     lists: Sequence[ListName] | None = None,
     take: Callable[[Context], None] | None = None,
+    shared: Shared | None = None,
 ) -> RunResult:
     """Run the stages that the recipe has, in a folder that is locked."""
     stages = [stage for stage in stages if stage.present(recipe)]
@@ -144,7 +147,8 @@ def _work(
     # The first process holds the folder for all of them.
     with locked(recipe.folder) if processes.first else contextlib.nullcontext():
         processes.wait()
-        context = Context(recipe, command, processes, device, stages=names, only=only, lists=lists)
+        how: dict[str, Any] = {"stages": names, "only": only, "lists": lists, "shared": shared}
+        context = Context(recipe, command, processes, device, **how)
         if take is not None:
             take(context)
         elif recipe.classifier.trained is None:

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,6 +46,24 @@ def write_bytes(path: Path, data: bytes | Iterable[bytes]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def link(source: Path, folder: Path, *, last: str = "") -> None:
+    """Give the files below a folder a place in another too, without a copy where that is possible.
+
+    They may be replaced in one without a change in the other, but not written to. The file ``last``
+    of the folder comes last.
+    """
+    found = [path for path in source.rglob("*") if path.is_file() and path.name[0] != "."]
+    for path in sorted(found, key=lambda path: (path == source / last, path)):
+        target = folder / path.relative_to(source)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f".{uuid.uuid4().hex}.tmp")
+        try:
+            os.link(path, temporary)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(path, temporary)
+        os.replace(temporary, target)
 
 
 def read_bytes(path: Path) -> bytes:

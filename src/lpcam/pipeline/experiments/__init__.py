@@ -1,0 +1,1 @@
+"""Experiments: several runs that are compared, described by a YAML file."""
