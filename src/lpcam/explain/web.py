@@ -54,4 +54,9 @@ def encode_picture(picture: NDArray[np.uint8], *, quality: int = QUALITY) -> str
     """An RGB image (H, W, 3) as the data URI of a WebP file."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "WEBP", quality=quality, method=EFFORT)
-    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return data_uri(buffer.getvalue(), "webp")
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """The bytes of a picture file, such as "png", as an address that holds them."""
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -483,7 +483,10 @@ class Context:
         layers = self._early_layers(classifier)
         section, probe = self.recipe.maps, self.recipe.classifier.probe
         mirror = self.training_method == "probe" and probe.long_side is None and probe.mirror
-        flip, kept = self.recipe.lpcam.flip or mirror, (*self.items("maps"), *self.items("prototypes"))
+        flip, kept = (
+            self.recipe.lpcam.flip or mirror,
+            (*self.items("maps"), *self.items("prototypes")),
+        )
         shared = self.shared or Shared()
         key = digest_json([self._weights_key(), self.features_key, flip, layers, self.digest(kept)])
         if shared.key != key or shared.store is None:

@@ -33,8 +33,8 @@ def render(data: Mapping[str, Any]) -> str:
     """
     style, script = page_file("page.css"), page_file("shared.js") + page_file("report.js")
     policy = (
-        f"default-src 'none'; img-src data:; style-src '{_digest(style)}'; "
-        f"script-src '{_digest(script)}'; base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src '{digest(style)}'; "
+        f"script-src '{digest(script)}'; base-uri 'none'; form-action 'none'"
     )
     own_place = partial(tables.place, methods=data["methods"])
     groups = tables.score_groups(data["rows"], data["methods"])
@@ -71,7 +71,8 @@ def render(data: Mapping[str, Any]) -> str:
     return page.encode("utf-8", "replace").decode("utf-8")
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
+    """A text as its source in a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"
 
 

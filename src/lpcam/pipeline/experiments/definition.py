@@ -105,6 +105,8 @@ class Experiment(Section):
     """Last stage of every run."""
     methods: tuple[str, ...] | None = None
     """Rows of the runs that are shown; null: all."""
+    swept: tuple[str, ...] | None = None
+    """Rows of the runs of sweeps that are shown; null: as of all runs."""
     thresholds: Literal["ground truth", "own"] = "ground truth"
     """Scores at the best threshold by the truth, or at that of the recipe or the judge."""
     columns: tuple[str, ...] = ("fp", "fn", "miou", "precision", "recall")
@@ -134,7 +136,8 @@ class Experiment(Section):
         for grid in self.sweeps:
             for values in itertools.product(*grid.values()):
                 changes = dict(zip(grid, values, strict=True))
-                yield Arm(name=", ".join(f"{k} {_shown(v)}" for k, v in changes.items()), changes=changes)
+                name = ", ".join(f"{key} {_shown(value)}" for key, value in changes.items())
+                yield Arm(name=name, changes=changes, methods=self.swept)
 
 
 def _shown(value: Any) -> str:

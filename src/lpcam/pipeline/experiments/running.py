@@ -90,7 +90,9 @@ def run_all(
                 if (one.arm.drop is None) != independent:
                     continue
                 job = _with_choices(one, planned, folder, state)
-                key = digest_json([job.recipe.model_dump(mode="json", by_alias=True), stamps[one.folder]])
+                key = digest_json(
+                    [job.recipe.model_dump(mode="json", by_alias=True), stamps[one.folder]]
+                )
                 found = state.get(one.folder.name, {})
                 if found.get("key") != key or found["status"] != "done":
                     todo.append((job, key))
