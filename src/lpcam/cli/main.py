@@ -8,7 +8,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from lpcam.cli import data, experiment, explain, export, prototypes, run  # noqa: F401 - they declare the commands
 from lpcam.cli.command import COMMANDS, GROUPS, PARENTS, Command, Invocation, parse_changes
@@ -32,14 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options, rest = parser.parse_known_args(given)
+    options, rest = parser.parse_known_args(_joined(given))
     command: Command = options.work
     if rest and not command.recipe_values:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
-        if command.recipe_values:
-            _refuse_values_before_arguments(command, options, given[1:])
         values = {name: value for name, value in vars(options).items() if name != "work"}
         line = shlex.join(["lpcam", *given])
         call = Invocation(line, parse_changes(rest), values.pop("threads", None))
@@ -59,17 +56,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _refuse_values_before_arguments(
-    command: Command, options: argparse.Namespace, given: Sequence[str]
-) -> None:
-    """argparse takes the value of an unknown option for an argument that comes after it."""
-    names = [one.names[0] for one in command.arguments if not one.names[0].startswith("-")]
-    for name, word in zip(names, given, strict=False):
-        if Path(word) != Path(getattr(options, name)):
-            raise LpcamError(
-                f"the {name} comes first: lpcam {command.name} {' '.join(names).upper()} "
-                f"--section.key value; got {word!r} in its place"
-            )
+def _joined(given: Sequence[str]) -> list[str]:
+    """The words with each value of a recipe joined to its key, as argparse does not know those."""
+    command = COMMANDS.get(given[0]) if given else None
+    if command is None or not command.recipe_values:
+        return list(given)
+    own = {name for one in command.arguments for name in one.names} | {"--help"}
+    words: list[str] = []
+    for word in given:
+        last = words[-1] if words else ""
+        if last.startswith("--") and "=" not in last and last not in own and word[:2] != "--":
+            words[-1] = f"{last}={word}"
+        else:
+            words.append(word)
+    return words
 
 
 class _Parser(argparse.ArgumentParser):

@@ -201,7 +201,7 @@ def plan(
 
     Args:
         recipe: replaces the recipe of the size.
-        changes: values that are replaced in all recipes.
+        changes: values that are replaced in all recipes, but for those that an arm replaces itself.
         seeds: random seeds; None: those of the size.
 
     Raises:
@@ -217,19 +217,18 @@ def plan(
         raise RecipeError(f"two arms are called {repeated[0]!r}; give each a name of its own")
     if own.drawing is not None:
         given = {"data.root": str(folder / "drawings"), **given}
+    if taken := sorted(given.keys() & set.intersection(*(set(one.changes) for one in arms))):
+        raise RecipeError(f"every arm of the experiment sets {taken[0]} itself; leave it out")
     planned: list[PlannedRun] = []
     problems, folders = [], dict[str, Path]()
     for arm in arms:
-        if taken := sorted(arm.changes.keys() & given.keys()):
-            problems.append(f"{arm.name}: the experiment itself sets {taken[0]}; leave it out")
-            continue
         base = arm.recipe.get(size) or recipe or own.recipe
         if base is None:
             known = ", ".join(bundled_recipes())
             problems.append(f"{arm.name}: has no recipe; name one, such as {known}")
             continue
         for seed in own.seeds if seeds is None else seeds:
-            values = {**own.changes, **arm.changes, **given, "run.seed": seed}
+            values = {**own.changes, **given, **arm.changes, "run.seed": seed}
             values |= {"run.folder": str(folder), "name": f"{_slug(arm.name)}-seed{seed}"}
             try:
                 made = load_recipe(base, values)

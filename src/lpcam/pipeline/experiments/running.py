@@ -13,7 +13,7 @@ from typing import Any
 
 from lpcam.data.dataset import Dataset
 from lpcam.method.choices import format_choices
-from lpcam.method.prototypes import Prototypes
+from lpcam.method.prototypes import Prototypes, worst
 from lpcam.pipeline.cache import locked
 from lpcam.pipeline.context import Shared
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
@@ -27,6 +27,7 @@ from lpcam.runtime.files import digest_json, read_json, write_bytes, write_json
 from lpcam.runtime.resources import available_threads
 
 logger = logging.getLogger(__name__)
+MARKER = "experiment.json"
 
 
 class ExperimentFolder:
@@ -34,7 +35,7 @@ class ExperimentFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.marker = self.path / "experiment.json"  #: Which experiment the folder belongs to.
+        self.marker = self.path / MARKER  #: Which experiment the folder belongs to.
         self.state = self.path / "runs.json"  #: Which runs are up to date, and which failed.
         self.results = self.path / "results.json"  #: Every row with its protocol.
         self.markdown = self.path / "table.md"
@@ -169,10 +170,9 @@ def _worked(
     todo: Sequence[tuple[PlannedRun, str]], until: str, processes: int, command: str
 ) -> Iterator[tuple[PlannedRun, str, dict[str, Any]]]:
     """Run what is to be done, and give the record of each run when it has ended."""
-    shared = Shared()
     beside = processes > 1 and len(todo) > 2
     for job, key in todo[:1] if beside else todo:
-        yield job, key, _work(job.recipe, until, command, shared)
+        yield job, key, _work(job.recipe, until, command)
     if not beside:
         return
     threads = max(1, available_threads() // processes)
@@ -182,20 +182,24 @@ def _worked(
         for job, key in todo[1:]:
             own = job.recipe.run.model_copy(update={"threads": job.recipe.run.threads or threads})
             recipe = job.recipe.model_copy(update={"run": own})
-            jobs[pool.submit(_work, recipe, until, command, None)] = (job, key)
+            jobs[pool.submit(_work, recipe, until, command)] = (job, key)
         for done in as_completed(jobs):
             yield *jobs[done], done.result()
+
+
+def _others(folder: Path) -> list[Path]:
+    """Folders of all runs of this experiment, and of those beside it."""
+    markers = folder.parents[2].glob(f"*/{MARKER}")
+    return [run for marker in sorted(markers) for run in sorted((marker.parent / "runs").glob("*"))]
 
 
 _SHARED = Shared()  # of a process that runs several arms after each other
 
 
-def _work(recipe: Recipe, until: str, command: str, shared: Shared | None) -> dict[str, Any]:
+def _work(recipe: Recipe, until: str, command: str) -> dict[str, Any]:
     """Run a recipe; the record of how it ended."""
-    shared = shared or _SHARED
-    folder, started = recipe.folder, time.monotonic()
-    runs = folder.parent
-    shared.folders = [p for p in sorted(runs.iterdir()) if p != folder] if runs.is_dir() else []
+    shared, folder, started = _SHARED, recipe.folder, time.monotonic()
+    shared.folders = [one for one in _others(folder) if one != folder]
     logger.info("%s", folder.name)
     try:
         shared.begin(folder)
