@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ PARTS = ("centers", "scores", "sizes", "keep")
 """Fields of :class:`Centers`, which are tensors in a file of prototypes."""
 TOP_SHARE = 1 / 3
 """Share of the prototypes of a class and side that count with the weights ``top``, at least one."""
+Quality = Literal["score", "size", "fire_rate", "purity"]
+NEAREST = 25  #: Clusters whose local features :func:`purities` counts.
 UNNAMED = "other"  #: Part of the prototypes without a name, in a class that has names.
 MEMBERS = 25  #: Features of a cluster, in the mean, where their number is automatic.
 FEWEST_CLUSTERS = 4  #: Smallest automatic number of clusters.
@@ -477,3 +479,52 @@ def _cluster(
             f"{settings.max_iterations} before they converged; raise it or the tolerance"
         )
     return clustered
+
+
+def purities(prototypes: Prototypes, index: int) -> Tensor:
+    """How much of what resembles each foreground centre (K,) of a class is from its images.
+
+    The share, in [0, 1], of the local features of the `NEAREST` most similar clusters, of all
+    classes and both sides, that were collected for the class. It needs no truth and no image.
+    """
+    sides = [prototypes.foreground, prototypes.context]
+    found = [torch.nonzero(one.sizes).unbind(1) for one in sides]
+    centers = torch.cat([one.centers[place] for one, place in zip(sides, found, strict=True)])
+    sizes = torch.cat([one.sizes[place] for one, place in zip(sides, found, strict=True)])
+    cosines = unit(prototypes.foreground.centers[index], dim=1) @ unit(centers, dim=1).T
+    near = cosines.topk(min(NEAREST, len(centers)), dim=1).indices
+    own = torch.cat([classes for classes, _ in found])[near] == index
+    return (own * sizes[near]).sum(1) / sizes[near].sum(1)
+
+
+def worst(prototypes: Prototypes, by: Quality, share: float) -> list[Choice]:
+    """Choices that drop the worst foreground prototypes of each class.
+
+    Args:
+        by: the worst have the lowest score (equation 3), the fewest local features (size), the
+            highest fire rate (:mod:`lpcam.method.negatives`) or the lowest of :func:`purities`.
+        share: of the prototypes of a class that are dropped, in [0, 1], rounded; one stays.
+
+    Raises PrototypeError if fire rates are asked for that were not measured.
+    """
+    side, choices = prototypes.foreground, list[Choice]()
+    if by == "fire_rate" and side.fire is None:
+        raise PrototypeError(
+            "the prototypes have no fire rates; fit them with lpcam.negatives {}, or choose the "
+            "worst by score, size or purity"
+        )
+    for index in torch.nonzero(side.keep.any(1)).flatten().tolist():
+        values = purities(prototypes, index) if by == "purity" else side.scores[index]
+        if by == "size":
+            values = side.sizes[index]
+        elif by == "fire_rate" and side.fire is not None:
+            values = -side.fire[index]
+        kept = torch.nonzero(side.keep[index]).flatten()
+        # NaN, where there was nothing to compare with, comes last
+        order = kept[values[kept].argsort(stable=True)]
+        for number in order[: min(round(share * len(kept)), len(kept) - 1)].tolist():
+            reason = f"{by} among the worst {100 * share:g} % of its class"
+            choices.append(
+                Choice(prototypes.classes[index], "foreground", number, "drop", reason=reason)
+            )
+    return choices
