@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lpcam.method.choices import Choice, format_choices, parse_choices, settled
-from lpcam.method.prototypes import Centers, Prototypes
+from lpcam.method.prototypes import Centers, Prototypes, purities, worst
 from lpcam.runtime.errors import ArtefactError, PrototypeError
 
 HEAD, LEG, GRASS, SKY, RAIL = torch.eye(5)
@@ -190,3 +190,80 @@ CENTRE = "class: cow, side: foreground, index: 1"
 def test_a_damaged_file_of_choices(text: str, named: str) -> None:
     with pytest.raises(PrototypeError, match=named):
         parse_choices(text, "0", "x.yaml")
+
+
+def test_the_top_third_counts_alike(prototypes: Prototypes) -> None:
+    """One of three counts, and where three of four are kept, one too; the first of equals."""
+    assert vector(replace(prototypes, weights="top")) == [1, 0, 0, -1, 0]
+    four = replace(prototypes.with_choices([Choice("cow", "foreground", 3, "keep")]), weights="top")
+    assert vector(four) == [1, 0, 0, -1, 0]
+    # in the context the sureness is 1 - z: RAIL (0.0) before GRASS (0.1) and SKY (0.2)
+    context = [Choice("cow", "context", number, "keep") for number in (1, 2)]
+    assert vector(replace(prototypes.with_choices(context), weights="top")) == [1, 0, 0, 0, -1]
+
+
+def test_ridge_weights_give_what_of_cam_prototypes_can_give(
+    prototypes: Prototypes, tmp_path: Path
+) -> None:
+    """Orthogonal prototypes: a_i is w_i / (1 + 0.01 K), for K of them; RAIL is none."""
+    target = torch.tensor([[3.0, 0.0, 0.0, -4.0, 0.0], [0.0, 0.0, 2.0, 0.0, 0.0]])
+    made = prototypes.chosen(None, "ridge", target)
+    four = 1 + 0.01 * 4  # HEAD, LEG, GRASS and, of the context, SKY
+    assert vector(made) == [round(0.6 / four, 4), 0, 0, round(-0.8 / four, 4), 0]
+    without = made.vectors(with_context=False)[0].tolist()
+    assert without == pytest.approx([0.6 / 1.03, 0, 0, 0, 0])
+    assert made.vectors()[1].tolist() == [0] * 5  # a dog's rows have nothing of its prototypes
+    # a factor of a choice makes the penalty of its prototype smaller
+    heavy = made.with_choices([Choice("cow", "foreground", 0, weight=4.0)])
+    assert vector(heavy)[0] == round(0.6 * 4 / (4 + 0.04), 4)
+    none = made.with_choices([Choice("cow", "context", 0, "drop")])
+    assert vector(none) == [round(0.6 / 1.03, 4), 0, 0, 0, 0]
+    made.save(tmp_path / "ridge.safetensors")
+    assert torch.equal(Prototypes.load(tmp_path / "ridge.safetensors").vectors(), made.vectors())
+    assert made.chosen(None, "equal").target is None
+
+
+def test_rows_of_other_similarities(prototypes: Prototypes) -> None:
+    """Raw means: 2 LEG counts twice as much; the bias is the mean square of lengths."""
+    assert prototypes.vectors(similarity="dot")[0].tolist() == pytest.approx(
+        [1 / 3, 2 / 3, 1 / 3, -1, 0, 0]
+    )
+    assert prototypes.vectors(similarity="euclidean")[0].tolist() == pytest.approx(
+        [2 / 3, 4 / 3, 2 / 3, -2, 0, -(2 - 1)]
+    )
+    alone = prototypes.vectors(similarity="euclidean", with_context=False, classes=[0])
+    assert alone[0].tolist() == pytest.approx([2 / 3, 4 / 3, 2 / 3, 0, 0, -2])
+    assert not alone[1].any()
+    by_size = replace(prototypes, weights="size").vectors(similarity="dot")[0].tolist()
+    assert by_size == pytest.approx([1 / 6, 4 / 6, 3 / 6, -1, 0, 0])
+
+
+def numbers(choices: list[Choice], class_name: str = "cow") -> list[int]:
+    assert all((one.side, one.action) == ("foreground", "drop") for one in choices)
+    return [one.index for one in choices if one.class_name == class_name]
+
+
+def test_the_worst_prototypes(prototypes: Prototypes) -> None:
+    fire = torch.tensor([[0.5, 0.1, float("nan"), 0.9], [0.3] + 3 * [float("nan")]])
+    measured = replace(prototypes, foreground=replace(prototypes.foreground, fire=fire))
+    assert numbers(worst(prototypes, "score", 1 / 3)) == [1]
+    assert numbers(worst(prototypes, "size", 1 / 3)) == [0]
+    assert numbers(worst(measured, "fire_rate", 1 / 3)) == [0]  # the rejected one is not asked
+    assert numbers(worst(measured, "fire_rate", 1.0)) == [0, 1]  # one stays, unmeasured ones first
+    assert worst(prototypes, "size", 0.1) == []
+    assert numbers(worst(prototypes, "size", 1.0), "dog") == []
+    assert vector(prototypes.with_choices(worst(prototypes, "size", 2 / 3))) == [0, 0, 1, -1, 0]
+    with pytest.raises(PrototypeError, match="fire"):
+        worst(prototypes, "fire_rate", 0.5)
+
+
+def test_purity_by_hand(prototypes: Prototypes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two clusters each: HEAD is as near to the cow's head as to the dog's, 1 against 5."""
+    monkeypatch.setattr("lpcam.method.prototypes.NEAREST", 3)
+    # cow's head 1, dog's head 5, cow's rejected context of HEAD 4
+    head = purities(prototypes, 0)[0]
+    assert float(head) == pytest.approx((1 + 4) / (1 + 4 + 5))
+    monkeypatch.setattr("lpcam.method.prototypes.NEAREST", 1)
+    assert purities(prototypes, 0)[1:3].tolist() == [1.0, 1.0]
+    monkeypatch.setattr("lpcam.method.prototypes.NEAREST", 3)
+    assert numbers(worst(prototypes, "purity", 1 / 3)) == [0]

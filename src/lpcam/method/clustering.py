@@ -44,7 +44,8 @@ class Clustering(Protocol):
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
         """Cluster points (M, C), M >= ``k``, once for each generator, on the points' device.
 
-        The generators are on the CPU and the only source of randomness.
+        There may be fewer clusters than ``k``, but none is empty. The generators are on the CPU and
+        the only source of randomness.
         """
         ...
 
@@ -88,7 +89,14 @@ def from_settings(settings: Any) -> CosineKMeans:
 CLUSTERINGS: Registry[Callable[[Any], Clustering]] = Registry(
     "clustering",
     "lpcam.clusterings",
-    {"cosine_kmeans": "lpcam.method.clustering:from_settings"},
+    {
+        "cosine_kmeans": "lpcam.method.clustering:from_settings",
+        "kmeans": "lpcam.method.sklearn_clustering:kmeans",
+        "kmeans_silhouette": "lpcam.method.sklearn_clustering:kmeans_silhouette",
+        "agglomerative": "lpcam.method.sklearn_clustering:agglomerative",
+        "nmf": "lpcam.method.sklearn_clustering:nmf",
+        "spherical_mixture": "lpcam.method.sklearn_clustering:spherical_mixture",
+    },
 )
 """Clustering methods by name: each makes a :class:`Clustering` from settings of the fit."""
 

@@ -146,7 +146,7 @@ class CAM:
         """Settings in use; raises RecipeError if there is no preset of that name."""
         source = self.source_
         if isinstance(self.settings, LpcamSettings):
-            return self.settings
+            return self.settings.cosine_only()
         if self.settings is None and isinstance(source, WrappedModel) and source.fixed_size:
             return LpcamSettings.from_preset(PRESET, scales=(1.0,))
         return LpcamSettings.from_preset(self.settings or PRESET)
@@ -329,7 +329,7 @@ class LPCAM(CAM):
             own: dict[str, Any] = {"fingerprint": self._fingerprint, "made_by": made_by}
             with full_precision(source.device):
                 made = make_prototypes(*given, seed=seed, **own)
-            self._prototypes = made.chosen(settings.choices, settings.weights)
+            self._prototypes = made.chosen(settings.choices, settings.weights, given[1])
         return self._prototypes
 
     def fit(self, loader: Batches, negatives: Batches | None = None) -> Self:

@@ -22,7 +22,11 @@ NORM_EPSILON = 1e-8
 CHUNK_BYTES = 2**19  #: Features that a CPU processes together, as they fit in a core's cache.
 BEST_MARGIN = 1e-6  #: Scores that differ from the best by less count as best.
 GRID = 16  #: Usual stride of a network, in pixels: maps are enlarged to a multiple, then cropped.
+RIDGE = 0.01
+"""Penalty of :func:`ridge_vector`, times the number of prototypes."""
 Normalization = Literal["max", "minmax"]
+Similarity = Literal["cosine", "dot", "euclidean"]
+"""What a feature is compared with prototypes by; euclidean: minus the squared distance."""
 
 
 def class_activation(features: Tensor, weight: Tensor) -> Tensor:
@@ -133,7 +137,7 @@ def unit(vectors: Tensor, dim: int) -> Tensor:
 def unit_mean(prototypes: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean (C,) of the unit-normalised prototypes (K, C), K >= 1; *not* normalised again.
 
-    With positive ``weights`` (K,), of any sum, it is the weighted mean.
+    With ``weights`` (K,) >= 0, of any positive sum, it is the weighted mean.
 
     Equation 5 needs this one vector only: mean_i cos(f, F_i) = f/|f| . mean_i F_i/|F_i|.
     Normalising the mean of the raw centres would give a different, wrong map.
@@ -167,6 +171,60 @@ def foreground_minus_context(
     if context is None or not len(context):
         return vector
     return vector - unit_mean(context, weights[1])
+
+
+def ridge_vector(
+    target: Tensor,
+    foreground: Tensor,
+    context: Tensor | None,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """The vector sum_i a_i p_i (C,) of unit prototypes p_i of both sides that is nearest to CAM's.
+
+    The a_i, of any sign, minimise |w/|w| - sum_i a_i p_i|^2 + RIDGE K |a|^2 for the classifier's
+    row w, the ``target`` (C,), and K prototypes. A prototype of weight g is penalised by 1/g.
+
+    Example:
+        >>> ridge_vector(torch.tensor([0.0, 5.0]), torch.eye(2)[:1], torch.eye(2)[1:]).tolist()
+        [0.0, 0.9803921580314636]
+    """
+    sides = [foreground] if context is None else [foreground, context]
+    rows = [
+        unit(own, dim=1) * (1.0 if factors is None else factors.sqrt()[:, None])
+        for own, factors in zip(sides, weights, strict=False)
+    ]
+    matrix = torch.cat(rows).double()
+    gram = matrix @ matrix.T + RIDGE * len(matrix) * torch.eye(len(matrix)).to(matrix)
+    solved = torch.linalg.solve(gram, matrix @ unit(target.to(matrix), dim=0))
+    vector: Tensor = (solved @ matrix).to(foreground.dtype)
+    return vector
+
+
+def affine_row(
+    similarity: Similarity,
+    foreground: Tensor,
+    context: Tensor | None,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """Vector and bias (C + 1,) of the map of a class by "dot" or "euclidean", on raw features.
+
+    The weighted means of f.F_i and f.B_i, or of -|f - F_i|^2 and -|f - B_i|^2, are subtracted as in
+    equation 6: the difference is affine in f. Without context prototypes the context is the zero
+    vector, which has cosine 0 to everything.
+
+    Example:
+        >>> affine_row("euclidean", torch.tensor([[3.0, 1.0]]), torch.tensor([[1.0, 0.0]])).tolist()
+        [4.0, 2.0, -9.0]
+    """
+    row = foreground.new_zeros(foreground.shape[1] + 1)
+    for sign, own, factors in zip((1.0, -1.0), (foreground, context), weights, strict=True):
+        if own is not None and len(own):
+            shares = own.new_ones(len(own)) if factors is None else factors
+            shares = sign * shares / shares.sum()
+            row[:-1] += shares @ own
+            row[-1] -= shares @ own.square().sum(1)
+    scales = (1.0, 0.0) if similarity == "dot" else (2.0, 1.0)
+    return torch.cat([scales[0] * row[:-1], scales[1] * row[-1:]])
 
 
 def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None = None) -> Tensor:
@@ -236,6 +294,16 @@ def cam_of_pair(features: Tensor, mirrored: Tensor | None, weight: Tensor) -> Te
 def lpcam_of_pair(features: Tensor, mirrored: Tensor | None, vectors: Tensor) -> Tensor:
     """LPCAM of one scale: ReLU of :func:`cosine_activation`."""
     return cosine_activation(features, vectors, mirrored).relu()
+
+
+def affine_of_pair(features: Tensor, mirrored: Tensor | None, rows: Tensor) -> Tensor:
+    """The map of one scale by rows (N, C + 1) of :func:`affine_row`, after a ReLU.
+
+    Features are not normalised; those of the image and its mirror image are averaged.
+    """
+    if mirrored is not None:
+        features = (features + unflip(mirrored)) / 2
+    return (class_activation(features, rows[:, :-1]) + rows[:, -1:, None]).relu()
 
 
 class FusedMaps(NamedTuple):

@@ -11,6 +11,8 @@ from lpcam.classifiers.features import FeaturePair, image_of
 from lpcam.data.resize import quarter_size, resize
 from lpcam.method.functional import (
     FusedMaps,
+    Similarity,
+    affine_of_pair,
     cam_of_pair,
     class_activation,
     cosine_activation,
@@ -41,9 +43,15 @@ def cam_maps(
     return fuse_scales(maps, size, epsilon=epsilon)
 
 
-def lpcam_maps(pairs: Iterable[FeaturePair], vectors: Tensor, size: tuple[int, int]) -> FusedMaps:
+def lpcam_maps(
+    pairs: Iterable[FeaturePair],
+    vectors: Tensor,
+    size: tuple[int, int],
+    similarity: Similarity = "cosine",
+) -> FusedMaps:
     """As :func:`cam_maps`, LPCAM of equations 5 and 6 with rows of ``Prototypes.vectors``."""
-    return fuse_scales([maps_of(lpcam_of_pair, pair, vectors) for pair in pairs], size)
+    of_pair = lpcam_of_pair if similarity == "cosine" else affine_of_pair
+    return fuse_scales([maps_of(of_pair, pair, vectors) for pair in pairs], size)
 
 
 def present_maps(

@@ -16,7 +16,10 @@ from lpcam.classifiers.features import Source
 from lpcam.method.choices import Choice, read_choices, settled
 from lpcam.method.clustering import CLUSTERINGS, Clusters
 from lpcam.method.functional import (
+    Similarity,
+    affine_row,
     foreground_minus_context,
+    ridge_vector,
     score,
     select_context,
     select_foreground,
@@ -24,7 +27,7 @@ from lpcam.method.functional import (
     zeros_on_demand,
 )
 from lpcam.method.reservoir import SIDES, Reservoir, SideName
-from lpcam.method.settings import LpcamSettings
+from lpcam.method.settings import LpcamSettings, Weights
 from lpcam.runtime.errors import ArtefactError, PrototypeError, shortened
 from lpcam.runtime.files import digest_tensors, read_tensors, write_tensors
 from lpcam.runtime.parallel import one_thread, ordered_map
@@ -32,9 +35,10 @@ from lpcam.runtime.parallel import one_thread, ordered_map
 logger = logging.getLogger(__name__)
 PARTS = ("centers", "scores", "sizes", "keep")
 """Fields of :class:`Centers`, which are tensors in a file of prototypes."""
-Weights = Literal["equal", "size", "score"]
-"""How the prototypes of a class and side are weighted in its vector: all alike, by their number of
-local features, or by how sure the classifier is: z of foreground prototypes, 1 - z of context."""
+TOP_SHARE = 1 / 3
+"""Share of the prototypes of a class and side that count with the weights ``top``, at least one."""
+Quality = Literal["score", "size", "fire_rate", "purity"]
+NEAREST = 25  #: Clusters whose local features :func:`purities` counts.
 UNNAMED = "other"  #: Part of the prototypes without a name, in a class that has names.
 MEMBERS = 25  #: Features of a cluster, in the mean, where their number is automatic.
 FEWEST_CLUSTERS = 4  #: Smallest automatic number of clusters.
@@ -101,21 +105,34 @@ class Prototypes:
     """A sentence for each class where the ordinary rule of selection could not be followed."""
     choices: tuple[Choice, ...] = ()  #: Choices that were applied, one for each centre.
     weights: Weights = "equal"  #: How :meth:`vectors` weights them, before weights in choices.
+    target: Tensor | None = None  #: (N, C), the classifier's rows, from which ``ridge`` learns.
 
     def vectors(
-        self, *, with_context: bool = True, classes: Collection[int] | None = None
+        self,
+        *,
+        with_context: bool = True,
+        classes: Collection[int] | None = None,
+        similarity: Similarity = "cosine",
     ) -> Tensor:
         """One vector (N, C) for each class: v_n of equation 6; zero if it has no prototype.
 
-        Without context it is that of LPCAM-F. With ``classes`` the other rows are zero.
+        Without context it is that of LPCAM-F. With ``classes`` the other rows are zero. Those of
+        another similarity than cosine are (N, C + 1), as :func:`affine_row` makes them.
         """
         centers = self.foreground.centers
-        vectors = zeros_on_demand(len(centers), centers.shape[2], like=centers)
+        width = centers.shape[2] + (similarity != "cosine")
+        vectors = zeros_on_demand(len(centers), width, like=centers)
         fitted = torch.nonzero(self.foreground.keep.any(1)).flatten().tolist()
         for index in fitted if classes is None else set(fitted).intersection(classes):
             (foreground, wf), (context, wb) = (self.rows(index, side) for side in SIDES)
-            given = context if with_context else None
-            vectors[index] = foreground_minus_context(foreground, given, (wf, wb))
+            own = foreground, (context if with_context else None), (wf, wb)
+            if similarity != "cosine":
+                vectors[index] = affine_row(similarity, *own)
+            elif self.weights == "ridge":
+                assert self.target is not None  # as chosen() leaves it
+                vectors[index] = ridge_vector(self.target[index], *own)
+            else:
+                vectors[index] = foreground_minus_context(*own)
         return vectors
 
     def members(self, index: int, side: SideName) -> list[tuple[SideName, int]]:
@@ -144,10 +161,14 @@ class Prototypes:
             z = getattr(self, own).scores[index, number]
             if self.weights == "size":
                 weights[place] = getattr(self, own).sizes[index, number]
-            elif self.weights == "score":
+            elif self.weights in ("score", "top"):
                 weights[place] = z if own == "foreground" else 1 - z
-            weights[place] *= given.get((self.classes[index], own, number), 1.0)
-        return centers, weights
+        if self.weights == "top":
+            best = weights.argsort(descending=True, stable=True)
+            best = best[: max(1, round(TOP_SHARE * len(best)))]
+            weights = torch.zeros_like(weights).index_fill(0, best, 1.0)
+        factors = [given.get((self.classes[index], *member), 1.0) for member in members]
+        return centers, weights * weights.new_tensor(factors)
 
     def with_choices(self, choices: Iterable[Choice]) -> Prototypes:
         """Prototypes with more choices than these, which stay as they are.
@@ -209,13 +230,18 @@ class Prototypes:
         self.foreground, self.context, self.choices = made.foreground, made.context, made.choices
         return self
 
-    def chosen(self, choices: Path | None, weights: Weights) -> Prototypes:
+    def chosen(
+        self, choices: Path | None, weights: Weights, target: Tensor | None = None
+    ) -> Prototypes:
         """These prototypes with the choices of a file and with weights.
 
-        Raises PrototypeError if the file is damaged or about other prototypes.
+        Ridge weights need the ``target`` (N, C), the classifier's rows. Raises PrototypeError if
+        the file is damaged or about other prototypes.
         """
         rows = () if choices is None else read_choices(choices, self.digest)
-        return replace(self.with_choices(rows), weights=weights)
+        if target is not None:
+            target = target.detach().float().cpu() if weights == "ridge" else None
+        return replace(self.with_choices(rows), weights=weights, target=target)
 
     @property
     def names(self) -> dict[str, dict[int, str]]:
@@ -265,6 +291,8 @@ class Prototypes:
             metadata["choices"] = [one.as_json() for one in self.choices]
         if self.weights != "equal":
             metadata["weights"] = self.weights
+        if self.target is not None:
+            tensors["target"] = self.target
         write_tensors(path, {**tensors, **(extra or {})}, metadata)
 
     @classmethod
@@ -296,8 +324,8 @@ class Prototypes:
             foreground, context = sides
             own = metadata["fingerprint"], metadata["made_by"], events
             choices = tuple(Choice.of_json(one) for one in metadata.get("choices", ()))
-            weights = metadata.get("weights", "equal")
-            return cls(classes, foreground, context, *own, choices, weights)
+            weights = metadata.get("weights", "equal"), tensors.get("target")
+            return cls(classes, foreground, context, *own, choices, *weights)
         except KeyError as missing:
             raise ArtefactError(
                 f"{path} has no {missing}; it was written by another version, fit again"
@@ -359,7 +387,7 @@ def make_prototypes(
                 events.append(f"{name}: no {side} feature was collected; its map is {effect}")
                 continue
             results = clustered[index, side]
-            count = len(results[0].sizes)
+            count = len(results[0].assignments)
             if count < settings.clusters and "clusters" not in settings.automatic:
                 events.append(
                     f"{name}: only {count} {side} features, fewer than K={settings.clusters}; "
@@ -451,3 +479,52 @@ def _cluster(
             f"{settings.max_iterations} before they converged; raise it or the tolerance"
         )
     return clustered
+
+
+def purities(prototypes: Prototypes, index: int) -> Tensor:
+    """How much of what resembles each foreground centre (K,) of a class is from its images.
+
+    The share, in [0, 1], of the local features of the `NEAREST` most similar clusters, of all
+    classes and both sides, that were collected for the class. It needs no truth and no image.
+    """
+    sides = [prototypes.foreground, prototypes.context]
+    found = [torch.nonzero(one.sizes).unbind(1) for one in sides]
+    centers = torch.cat([one.centers[place] for one, place in zip(sides, found, strict=True)])
+    sizes = torch.cat([one.sizes[place] for one, place in zip(sides, found, strict=True)])
+    cosines = unit(prototypes.foreground.centers[index], dim=1) @ unit(centers, dim=1).T
+    near = cosines.topk(min(NEAREST, len(centers)), dim=1).indices
+    own = torch.cat([classes for classes, _ in found])[near] == index
+    return (own * sizes[near]).sum(1) / sizes[near].sum(1)
+
+
+def worst(prototypes: Prototypes, by: Quality, share: float) -> list[Choice]:
+    """Choices that drop the worst foreground prototypes of each class.
+
+    Args:
+        by: the worst have the lowest score (equation 3), the fewest local features (size), the
+            highest fire rate (:mod:`lpcam.method.negatives`) or the lowest of :func:`purities`.
+        share: of the prototypes of a class that are dropped, in [0, 1], rounded; one stays.
+
+    Raises PrototypeError if fire rates are asked for that were not measured.
+    """
+    side, choices = prototypes.foreground, list[Choice]()
+    if by == "fire_rate" and side.fire is None:
+        raise PrototypeError(
+            "the prototypes have no fire rates; fit them with lpcam.negatives {}, or choose the "
+            "worst by score, size or purity"
+        )
+    for index in torch.nonzero(side.keep.any(1)).flatten().tolist():
+        values = purities(prototypes, index) if by == "purity" else side.scores[index]
+        if by == "size":
+            values = side.sizes[index]
+        elif by == "fire_rate" and side.fire is not None:
+            values = -side.fire[index]
+        kept = torch.nonzero(side.keep[index]).flatten()
+        # NaN, where there was nothing to compare with, comes last
+        order = kept[values[kept].argsort(stable=True)]
+        for number in order[: min(round(share * len(kept)), len(kept) - 1)].tolist():
+            reason = f"{by} among the worst {100 * share:g} % of its class"
+            choices.append(
+                Choice(prototypes.classes[index], "foreground", number, "drop", reason=reason)
+            )
+    return choices

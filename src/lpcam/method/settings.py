@@ -8,10 +8,14 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, PrivateAttr, model_serializer, model_validator
 
 from lpcam.method.clustering import CLUSTERINGS, CenterKind, Init, ToleranceKind
+from lpcam.method.functional import Similarity
+from lpcam.runtime.errors import RecipeError
 from lpcam.runtime.settings import Fraction, Positive, PresetModel, RecipePath, Section
 
 Method = Literal["CAM", "LPCAM-F", "LPCAM", "LPCAM-E"]
 """The maps that a run makes of its own classifier; LPCAM-E if it looks at early layers."""
+Weights = Literal["equal", "size", "score", "top", "ridge"]
+"""How the prototypes of a class and side are weighted in its vector."""
 METHODS: tuple[Method, ...] = ("CAM", "LPCAM-F", "LPCAM", "LPCAM-E")
 AUTO = "auto"
 AUTOMATIC = ("tau", "clusters", "mu_f", "mu_b", "scales", "threshold", "cam_threshold")
@@ -81,9 +85,22 @@ class MappingSettings(Section):
     """Whether the mirrored image is mapped too."""
     cam_epsilon: Annotated[float, Field(ge=0.0)]
     """Constant added to the maximum by which a CAM is divided."""
-    weights: Literal["equal", "size", "score"]
+    weights: Weights
     """Weight of a prototype among those of its class and side: all alike, by the number of its
-    local features, or by the classifier's certainty (the score, or 1 - score in the context)."""
+    local features, by the classifier's certainty (the score, or 1 - score in the context), alike
+    for the third (top) of the largest certainty, or learnt to resemble CAM (ridge)."""
+    similarity: Similarity
+    """What features are compared with prototypes by. Others than cosine are for experiments: only
+    the maps and scores of a run take them."""
+
+    def cosine_only(self) -> Self:
+        """These settings; RecipeError if their similarity is not cosine."""
+        if self.similarity != "cosine":
+            raise RecipeError(
+                f"lpcam.similarity is {self.similarity!r}, which only the maps and scores of a run "
+                "take; everything else needs 'cosine': set it, and run again"
+            )
+        return self
 
 
 class SeedSettings(Section):
@@ -162,6 +179,19 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
         made = handler({**given, **known})
         made._automatic = frozenset(automatic)
         return made
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        unit = [("weights", "ridge")] if self.weights == "ridge" else []
+        if self.clustering == "cosine_kmeans" and self.centers == "unit":
+            unit.append(("centers", "unit"))
+        if unit and self.similarity != "cosine":
+            name, value = unit[0]
+            raise ValueError(
+                f"{name} {value} leaves prototypes no length, which similarity {self.similarity} "
+                f"needs; set {name} to another value, such as --lpcam.centers mean, or take cosine"
+            )
+        return self
 
     @model_serializer(mode="wrap")
     def _say_auto(self, handler: Callable[[Self], dict[str, Any]]) -> dict[str, Any]:

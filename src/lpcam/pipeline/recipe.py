@@ -155,6 +155,13 @@ class Recipe(Section):
             )
         if self.data.saliency is not None and not uses_saliency:
             raise ValueError("data.saliency is used only by refine.method saliency; leave it out")
+        own_lpcam = [self.lpcam, *([] if self.host is None else [self.host.lpcam])]
+        others = [one.similarity for one in own_lpcam if one and one.similarity != "cosine"]
+        if others and (self.lpcam.early or self.host or self.report.images):
+            raise ValueError(
+                f"lpcam.similarity {others[0]} has maps and scores only, no report, LPCAM-E or "
+                "host; set report.images to 0 and leave lpcam.early and host out, or take cosine"
+            )
         return self
 
     @property

@@ -51,7 +51,8 @@ def map_lpcam(context: Context) -> Iterator[Task]:
     """LPCAM and LPCAM-F (eqs. 5 and 6)."""
     names = context.dataset.classes.names
     found = load_prototypes(context)
-    both = [found.vectors(with_context=True), found.vectors(with_context=False)]
+    similarity = context.lpcam.similarity
+    both = [found.vectors(with_context=one, similarity=similarity) for one in (True, False)]
 
     def start() -> MapsOf:
         rows = torch.stack(both).to(context.classifier.weight)
@@ -60,13 +61,15 @@ def map_lpcam(context: Context) -> Iterator[Task]:
             item: Item, pairs: Sequence[FeaturePair], size: tuple[int, int]
         ) -> list[FusedMaps]:
             # One convolution serves both methods: their rows are stacked.
-            stacked = lpcam_maps(pairs, rows[:, list(item.labels)].flatten(0, 1), size)
+            own = rows[:, list(item.labels)].flatten(0, 1)
+            stacked = lpcam_maps(pairs, own, size, similarity)
             halves = stacked.cam.chunk(2), stacked.high_res.chunk(2)
             return [FusedMaps(cam, high_res) for cam, high_res in zip(*halves, strict=True)]
 
         return maps_of
 
-    own = {"lpcam": {"context": True}, "lpcam_f": {"context": False}}
+    other = {} if similarity == "cosine" else {"similarity": similarity}
+    own = {"lpcam": {"context": True, **other}, "lpcam_f": {"context": False, **other}}
     items = context.items("maps")
     task = _map_task(context, "LPCAM", items, own, start)
     for result, vectors in zip(task.results, both, strict=True):

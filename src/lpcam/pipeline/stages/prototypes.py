@@ -15,6 +15,7 @@ from lpcam.classifiers.feature_store import DTYPES
 from lpcam.data.dataset import Item
 from lpcam.data.map_files import map_path
 from lpcam.data.resize import scaled_size
+from lpcam.method.clustering import CLUSTERINGS
 from lpcam.method.early import IMAGES_PER_CLASS
 from lpcam.method.negatives import Seen, best_cosines, compare
 from lpcam.method.prototypes import FEWEST_CLUSTERS, MEMBERS, Prototypes, make_prototypes
@@ -145,7 +146,9 @@ def _choose(context: Context) -> Task:
     """A task that applies the recipe's choices and weights to the fitted prototypes."""
     fitted, settings = context.results["prototypes"], context.lpcam
     path = context.folder.prototypes("chosen")
-    made = Prototypes.load(context.folder.prototypes()).chosen(settings.choices, settings.weights)
+    target = context.classifier.weight if settings.weights == "ridge" else None
+    made = Prototypes.load(context.folder.prototypes())
+    made = made.chosen(settings.choices, settings.weights, target)
     rows = [one.as_json() for one in made.choices]
     parts = {"prototypes": fitted.output["digest"], "choices": rows, "weights": settings.weights}
 
@@ -273,7 +276,11 @@ def _gather(
 
 
 def check_memory(context: Context, settings: LpcamSettings, blank: Tensor) -> None:
-    """Refuse a sample of local features too large for memory; an image of `BLANK` has ``blank``."""
+    """Refuse a clustering whose extra is missing, and local features too large for memory.
+
+    An image of `BLANK` has features ``blank``.
+    """
+    CLUSTERINGS[settings.clustering](settings)
     precision, limit = context.recipe.maps.features, context.recipe.maps.maximum_side
     drawn = _drawn(context, context.items("prototypes"), settings)
     if (bound := settings.max_features) is not None:
