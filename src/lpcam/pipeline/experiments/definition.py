@@ -250,4 +250,4 @@ def plan(
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^\w.=+-]+", "_", name).strip("_.")[:80] or "arm"
+    return re.sub(r"[^\w.-]+", "_", name).strip("_.-")[:80] or "arm"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import time
@@ -19,7 +20,7 @@ from lpcam.pipeline.context import Shared
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.demo import draw
 from lpcam.pipeline.experiments.definition import Experiment, PlannedRun, SizeName
-from lpcam.pipeline.recipe import Recipe
+from lpcam.pipeline.recipe import Recipe, parse_recipe
 from lpcam.pipeline.run import run
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.errors import ArtefactError, LpcamError
@@ -181,10 +182,18 @@ def _worked(
         jobs = {}
         for job, key in todo[1:]:
             own = job.recipe.run.model_copy(update={"threads": job.recipe.run.threads or threads})
-            recipe = job.recipe.model_copy(update={"run": own})
-            jobs[pool.submit(_work, recipe, until, command)] = (job, key)
+            values = job.recipe.model_copy(update={"run": own}).model_dump(
+                mode="json", by_alias=True
+            )
+            jobs[pool.submit(_work_from, values, until, command)] = (job, key)
         for done in as_completed(jobs):
             yield *jobs[done], done.result()
+
+
+def _work_from(values: Mapping[str, Any], until: str, command: str) -> dict[str, Any]:
+    """Run a recipe's values, in a process of its own."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    return _work(parse_recipe(values, where=str(values["name"])), until, command)
 
 
 def _others(folder: Path) -> list[Path]:
@@ -210,4 +219,6 @@ def _work(recipe: Recipe, until: str, command: str) -> dict[str, Any]:
         reason = str(error) if isinstance(error, LpcamError) else f"{type(error).__name__}: {error}"
         logger.warning("%s failed: %s", folder.name, reason)
         return {"status": "failed", "reason": reason}
+    finally:
+        gc.collect()  # a run's objects refer to each other, and hold its decoded images
     return {"status": "done", "seconds": round(time.monotonic() - started, 1)}

@@ -48,7 +48,12 @@ def run_experiment(
     experiment, place = load_experiment(source), ExperimentFolder(folder)
     planned = plan(experiment, size, folder, recipe=recipe, changes=changes, seeds=seeds)
     name = Path(source).stem
-    how = {"name": name, "size": size, "experiment": experiment, "processes": processes}
+    how: dict[str, Any] = {
+        "name": name,
+        "size": size,
+        "experiment": experiment,
+        "processes": processes,
+    }
     state = run_all(planned, place, command=command, **how)
     results = gather(
         experiment, planned, state, {"experiment": name, "size": size, "command": command}
