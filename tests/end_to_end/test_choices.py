@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny import COLOURS, digests, recipe_values, times
 
+from lpcam.classifiers.classifier import Classifier
 from lpcam.cli.main import main
 from lpcam.data.map_files import read_maps
 from lpcam.method.choices import Choice, format_choices
@@ -21,7 +22,7 @@ from lpcam.pipeline.recipe import parse_recipe
 from lpcam.pipeline.run import RunResult, run
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.pipeline.stages import maps
-from lpcam.runtime.errors import ArtefactError, PrototypeError
+from lpcam.runtime.errors import ArtefactError, PrototypeError, RecipeError
 
 Values = dict[str, Any]
 
@@ -53,6 +54,12 @@ def several(folder: RunFolder) -> tuple[str, list[int]]:
         if keep.sum() > 1:
             return name, torch.nonzero(keep).flatten().tolist()
     raise AssertionError("no class has two prototypes")
+
+
+def labelled(values: Values) -> str:
+    """The id of an image with a label."""
+    lines = (Path(values["data"]["root"]) / "labels.csv").read_text().splitlines()[1:]
+    return next(line.split(".")[0] for line in lines if line.partition(",")[2])
 
 
 def write(folder: RunFolder, *choices: Choice) -> Path:
@@ -170,7 +177,7 @@ def test_an_interrupted_change_is_finished(
         assert one == "recipe.yaml" or digest == digests(folder.path)[one], one
 
 
-@pytest.mark.parametrize("weights_of", ["size", "score"])
+@pytest.mark.parametrize("weights_of", ["size", "score", "top", "ridge"])
 def test_weights_of_prototypes(values: Values, weights_of: str) -> None:
     folder = RunFolder(values["run"]["folder"])
     before = times(folder.path)
@@ -178,9 +185,33 @@ def test_weights_of_prototypes(values: Values, weights_of: str) -> None:
     after = times(folder.path)
     assert before["prototypes/prototypes.safetensors"] == after["prototypes/prototypes.safetensors"]
     found = folder.explainer(device="cpu").vectors
-    plain = Prototypes.load(folder.prototypes())
-    assert torch.equal(found, plain.chosen(None, weights_of).vectors())  # type: ignore[arg-type]
+    plain, rows = Prototypes.load(folder.prototypes()), Classifier.load(folder.classifier).weight
+    chosen = plain.chosen(None, weights_of, rows)  # type: ignore[arg-type]
+    assert torch.equal(found, chosen.vectors())
     assert not torch.equal(found, plain.vectors())
+
+
+def test_maps_of_another_similarity_and_what_refuses_it(values: Values) -> None:
+    folder = RunFolder(values["run"]["folder"])
+    before, name = times(folder.path), labelled(values)
+    cosine = {one: read_maps(folder.path / one / f"{name}.npz") for one in ("lpcam", "lpcam_f")}
+    with pytest.raises(RecipeError, match="similarity dot"):
+        go(values, **{"lpcam.similarity": "dot", "report.images": 2})
+    for similarity in ("dot", "euclidean"):
+        changes = {"lpcam.similarity": similarity}
+        go(values, **changes)
+        for one, old in cosine.items():
+            made = read_maps(folder.path / one / f"{name}.npz")
+            assert made.high_res.max() > 0.99 and not np.allclose(made.high_res, old.high_res)
+            cosine[one] = made  # the next must differ from it
+        with pytest.raises(RecipeError, match=similarity):
+            folder.explainer(device="cpu")
+        with pytest.raises(RecipeError, match=similarity):
+            folder.model()
+    after = times(folder.path)
+    assert all(
+        before[one] == after[one] for one in before if one.startswith(("cam/", "prototypes/"))
+    )
 
 
 def test_choices_that_do_not_fit(values: Values, tmp_path: Path) -> None:

@@ -123,6 +123,41 @@ def test_maps_of_a_pair_by_hand() -> None:
     assert lf.cam_of_pair(image, mirror, torch.tensor([[1.0]])).item() == 2.0
 
 
+def test_other_similarities_equal_the_loop_over_prototypes() -> None:
+    block, mirror = features(6, 5, 7), features(6, 5, 7, seed=4)
+    mean = (block + lf.unflip(mirror)) / 2
+    foreground, context = features(3, 6, seed=1), features(2, 6, seed=2) - 0.7
+
+    def loop(similarity: str, prototypes: torch.Tensor) -> torch.Tensor:
+        found = []
+        for one in prototypes[:, :, None, None]:
+            dot, distance = (mean * one).sum(0), (mean - one).square().sum(0)
+            found.append(dot if similarity == "dot" else -distance)
+        return torch.stack(found).mean(0)
+
+    for similarity in ("dot", "euclidean"):
+        row = lf.affine_row(similarity, foreground, context)  # type: ignore[arg-type]
+        expected = (loop(similarity, foreground) - loop(similarity, context)).relu()
+        found = lf.affine_of_pair(block, mirror, row[None])[0]
+        assert expected.max() > 0
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        # without context it is compared with the zero vector
+        row = lf.affine_row(similarity, foreground, None)  # type: ignore[arg-type]
+        zero = loop(similarity, torch.zeros(1, 6))
+        expected = (loop(similarity, foreground) - zero).relu()
+        torch.testing.assert_close(lf.affine_of_pair(mean, None, row[None])[0], expected)
+
+
+def test_ridge_weights_solve_the_normal_equations() -> None:
+    foreground, context = features(3, 6, seed=1), features(2, 6, seed=2)
+    target, rows = features(6, seed=3), lf.unit(torch.cat([foreground, context]), 1)
+    weights = torch.zeros(5, requires_grad=True)
+    loss = (lf.unit(target, 0) - weights @ rows).square().sum() + 0.05 * weights.square().sum()
+    hessian = 2 * (rows @ rows.T + 0.05 * torch.eye(5))
+    best = -torch.linalg.solve(hessian, torch.autograd.grad(loss, weights)[0])  # of a parabola
+    torch.testing.assert_close(lf.ridge_vector(target, foreground, context), best @ rows)
+
+
 def test_fused_sizes_and_maximum() -> None:
     fused = lf.fuse_scales([features(2, 3, 4), features(2, 6, 8, seed=1)], (45, 61))
     assert fused.cam.shape == (2, 12, 16)

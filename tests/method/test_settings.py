@@ -49,6 +49,16 @@ def test_other_values_cannot_be_automatic():
         LpcamSettings.from_preset("frozen", restarts="auto")
 
 
+@pytest.mark.parametrize("values", [{"weights": "ridge"}, {"centers": "unit"}])
+def test_other_similarities_need_the_lengths_of_prototypes(values):
+    assert LpcamSettings.from_preset("voc12.official", similarity="dot").similarity == "dot"
+    assert LpcamSettings.from_preset("frozen", **values).cosine_only().similarity == "cosine"
+    with pytest.raises(ValidationError, match=next(iter(values.values()))):
+        LpcamSettings.from_preset("voc12.official", similarity="dot", **values)
+    # the centres of scikit-learn's clusterings have their lengths whatever `centers` says
+    LpcamSettings.from_preset("frozen", similarity="dot", clustering="kmeans")
+
+
 @pytest.mark.parametrize("values", [{"base": "LPCAM-F"}, {"rounds": 0}, {"fusion": "sum"}])
 def test_early_layers_refuse_what_they_do_not_know(values):
     with pytest.raises(ValidationError):

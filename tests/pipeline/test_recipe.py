@@ -110,6 +110,29 @@ def test_ignore_threshold_above_the_threshold() -> None:
     assert parse_recipe(whole, where="r").seeds.ignore_threshold == 0.3
 
 
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("report.images", 8),
+        ("lpcam.early", {}),
+        ("host.method", "amn"),
+    ],
+)
+def test_other_similarities_have_neither_report_nor_early_layers_nor_host(
+    path: str, value: Any
+) -> None:
+    values = {"lpcam.similarity": "dot", "report.images": 0}
+    assert parse_recipe(VALUES, where="r").changed(values).lpcam.similarity == "dot"
+    with pytest.raises(RecipeError, match="similarity dot"):
+        parse_recipe(VALUES, where="r").changed({**values, path: value})
+
+
+def test_a_host_has_no_other_similarity() -> None:
+    own = {"preset": "mctformer.voc12", "similarity": "euclidean"}
+    host = {"method": "mctformer", "backbone": "deit_small_patch16_224", "weights": "random"}
+    assert "similarity euclidean" in refusal(changed("host", {**host, "lpcam": own}))
+
+
 def test_a_newer_version_is_refused() -> None:
     assert "version 2" in refusal(changed("version", 2) | {"of_the_future": 1})
 

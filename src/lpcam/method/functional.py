@@ -220,11 +220,10 @@ def affine_row(
     for sign, own, factors in zip((1.0, -1.0), (foreground, context), weights, strict=True):
         if own is not None and len(own):
             shares = own.new_ones(len(own)) if factors is None else factors
-            shares = sign * shares / shares.sum()
-            row[:-1] += shares @ own
-            row[-1] -= shares @ own.square().sum(1)
-    scales = (1.0, 0.0) if similarity == "dot" else (2.0, 1.0)
-    return torch.cat([scales[0] * row[:-1], scales[1] * row[-1:]])
+            bias = -own.square().sum(1, keepdim=True) * (similarity == "euclidean")
+            rows = torch.cat([own if similarity == "dot" else 2 * own, bias], 1)
+            row += sign / shares.sum() * shares @ rows
+    return row
 
 
 def cosine_activation(features: Tensor, vectors: Tensor, mirrored: Tensor | None = None) -> Tensor:

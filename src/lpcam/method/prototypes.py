@@ -488,13 +488,14 @@ def purities(prototypes: Prototypes, index: int) -> Tensor:
     classes and both sides, that were collected for the class. It needs no truth and no image.
     """
     sides = [prototypes.foreground, prototypes.context]
-    found = [torch.nonzero(one.sizes).unbind(1) for one in sides]
-    centers = torch.cat([one.centers[place] for one, place in zip(sides, found, strict=True)])
-    sizes = torch.cat([one.sizes[place] for one, place in zip(sides, found, strict=True)])
-    cosines = unit(prototypes.foreground.centers[index], dim=1) @ unit(centers, dim=1).T
-    near = cosines.topk(min(NEAREST, len(centers)), dim=1).indices
-    own = torch.cat([classes for classes, _ in found])[near] == index
-    return (own * sizes[near]).sum(1) / sizes[near].sum(1)
+    every, sizes = (
+        torch.cat([getattr(s, part) for s in sides], 1) for part in ("centers", "sizes")
+    )
+    owners, _ = found = torch.nonzero(sizes).unbind(1)
+    cosines = unit(prototypes.foreground.centers[index], dim=1) @ unit(every[found], dim=1).T
+    near = cosines.topk(min(NEAREST, len(owners)), dim=1).indices
+    counts = sizes[found][near]
+    return (counts * (owners[near] == index)).sum(1) / counts.sum(1)
 
 
 def worst(prototypes: Prototypes, by: Quality, share: float) -> list[Choice]:
@@ -513,18 +514,14 @@ def worst(prototypes: Prototypes, by: Quality, share: float) -> list[Choice]:
             "the prototypes have no fire rates; fit them with lpcam.negatives {}, or choose the "
             "worst by score, size or purity"
         )
+    values = {"score": side.scores, "size": side.sizes, "fire_rate": side.fire}.get(by)
     for index in torch.nonzero(side.keep.any(1)).flatten().tolist():
-        values = purities(prototypes, index) if by == "purity" else side.scores[index]
-        if by == "size":
-            values = side.sizes[index]
-        elif by == "fire_rate" and side.fire is not None:
-            values = -side.fire[index]
+        own = purities(prototypes, index) if values is None else values[index]
         kept = torch.nonzero(side.keep[index]).flatten()
         # NaN, where there was nothing to compare with, comes last
-        order = kept[values[kept].argsort(stable=True)]
-        for number in order[: min(round(share * len(kept)), len(kept) - 1)].tolist():
-            reason = f"{by} among the worst {100 * share:g} % of its class"
-            choices.append(
-                Choice(prototypes.classes[index], "foreground", number, "drop", reason=reason)
-            )
+        order = kept[(-own if by == "fire_rate" else own)[kept].argsort(stable=True)].tolist()
+        reason = f"{by} among the worst {100 * share:g} % of its class"
+        for number in order[: min(round(share * len(kept)), len(kept) - 1)]:
+            name = prototypes.classes[index]
+            choices.append(Choice(name, "foreground", number, "drop", reason=reason))
     return choices

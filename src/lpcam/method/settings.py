@@ -182,14 +182,11 @@ class LpcamSettings(SeedSettings, MappingSettings, FittingSettings, PresetModel)
 
     @model_validator(mode="after")
     def _check_lengths(self) -> Self:
-        unit = [("weights", "ridge")] if self.weights == "ridge" else []
-        if self.clustering == "cosine_kmeans" and self.centers == "unit":
-            unit.append(("centers", "unit"))
-        if unit and self.similarity != "cosine":
-            name, value = unit[0]
+        unit = self.clustering == "cosine_kmeans" and self.centers == "unit"
+        if self.similarity != "cosine" and (unit or self.weights == "ridge"):
             raise ValueError(
-                f"{name} {value} leaves prototypes no length, which similarity {self.similarity} "
-                f"needs; set {name} to another value, such as --lpcam.centers mean, or take cosine"
+                f"similarity {self.similarity} needs the lengths of prototypes, got centers "
+                f"{self.centers} and weights {self.weights}; set centers mean, and not ridge"
             )
         return self
 

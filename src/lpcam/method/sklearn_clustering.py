@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpcam.method.clustering import Clusters
-from lpcam.method.functional import unit
+from lpcam.method.functional import NORM_EPSILON, unit
 from lpcam.runtime.errors import PrototypeError, import_extra
 from lpcam.runtime.parallel import one_thread
 
@@ -37,18 +38,13 @@ _LOCK = threading.Lock()  # the number of threads of the libraries belongs to th
 class SklearnClustering:
     """A method of scikit-learn, as a :class:`~lpcam.method.clustering.Clustering`.
 
-    Points that are not in the sample join the centre with the largest cosine. The results do not
-    depend on the number of threads, as one computes them.
-
-    Args:
-        learn: what scikit-learn does.
-        max_iterations: maximum number of its iterations.
-        sample: maximum number of points that it learns from; None: all.
+    It learns from at most ``sample`` points (None: all); the others join the centre with the
+    largest cosine. One thread computes, so the number of threads changes nothing.
     """
 
     learn: Learn
     max_iterations: int
-    sample: int | None = SAMPLE
+    sample: int | None = None
 
     @torch.no_grad()
     def fit(self, points: Tensor, k: int, generators: Sequence[torch.Generator]) -> list[Clusters]:
@@ -96,79 +92,59 @@ def _sklearn(module: str) -> Any:
     return import_extra(f"sklearn.{module}", "sklearn", "this lpcam.clustering needs scikit-learn")
 
 
-def kmeans(settings: Any) -> SklearnClustering:
+def _kmeans(rows: Rows, k: int, seed: int, most: int) -> Learnt:
     """K-means by Euclidean distance, from first centres of k-means++."""
-    return SklearnClustering(_by_kmeans(), settings.max_iterations, None)
-
-
-def _by_kmeans() -> Learn:
     method = _sklearn("cluster").KMeans
-
-    def learn(rows: Rows, k: int, seed: int, most: int) -> Learnt:
-        made = method(k, n_init=1, max_iter=most, random_state=seed).fit(rows)
-        return made.labels_, None, made.n_iter_
-
-    return learn
+    made = method(k, n_init=1, max_iter=most, random_state=seed).fit(rows)
+    return made.labels_, None, made.n_iter_
 
 
-def kmeans_silhouette(settings: Any) -> SklearnClustering:
+def _kmeans_silhouette(rows: Rows, k: int, seed: int, most: int) -> Learnt:
     """Euclidean k-means with the K of `SHARES` that has the best mean silhouette."""
-    cluster, silhouette = _by_kmeans(), _sklearn("metrics").silhouette_score
+    counts = sorted({min(k, max(2, round(share * k))) for share in SHARES})
 
-    def learn(rows: Rows, k: int, seed: int, most: int) -> Learnt:
-        counts = sorted({max(2, round(share * k)) for share in SHARES})
-        found = [cluster(rows, min(count, k), seed, most) for count in counts]
+    def quality(one: Learnt) -> float:
+        several = 1 < len(np.unique(one[0])) < len(rows)
+        return float(_sklearn("metrics").silhouette_score(rows, one[0])) if several else -1.0
 
-        def quality(one: Learnt) -> float:
-            several = 1 < len(np.unique(one[0])) < len(rows)
-            return float(silhouette(rows, one[0])) if several else -1.0
-
-        return max(found, key=quality)
-
-    return SklearnClustering(learn, settings.max_iterations)
+    return max((_kmeans(rows, count, seed, most) for count in counts), key=quality)
 
 
-def agglomerative(settings: Any) -> SklearnClustering:
-    """Agglomerative clustering with Ward's linkage; centres are the means of members."""
-    method = _sklearn("cluster").AgglomerativeClustering
-
-    def learn(rows: Rows, k: int, seed: int, most: int) -> Learnt:
-        return method(k).fit(rows).labels_, None, 1
-
-    return SklearnClustering(learn, settings.max_iterations)
+def _agglomerative(rows: Rows, k: int, seed: int, most: int) -> Learnt:
+    """Agglomerative clustering with Ward's linkage."""
+    return _sklearn("cluster").AgglomerativeClustering(k).fit(rows).labels_, None, 1
 
 
-def nmf(settings: Any) -> SklearnClustering:
-    """Non-negative matrix factorisation: centres are components, members what most is due to one.
-
-    PrototypeError for negative features.
-    """
-    method = _sklearn("decomposition").NMF
-
-    def learn(rows: Rows, k: int, seed: int, most: int) -> Learnt:
-        if rows.min() < 0:
-            raise PrototypeError(
-                f"lpcam.clustering nmf got features down to {rows.min():.3g}; expected none below "
-                "0, as after a ReLU. Choose another clustering for this backbone"
-            )
-        made = method(k, max_iter=most, random_state=seed)
-        parts = made.fit_transform(rows) * np.linalg.norm(made.components_, axis=1)
-        return parts.argmax(1), made.components_, made.n_iter_
-
-    return SklearnClustering(learn, settings.max_iterations)
+def _nmf(rows: Rows, k: int, seed: int, most: int) -> Learnt:
+    """Non-negative matrix factorisation: a point belongs to the component that gives it most."""
+    if rows.min() < 0:
+        raise PrototypeError(
+            f"lpcam.clustering nmf got features down to {rows.min():.3g}; expected none below 0, "
+            "as after a ReLU. Choose another clustering for this backbone"
+        )
+    made = _sklearn("decomposition").NMF(k, max_iter=most, random_state=seed)
+    parts = made.fit_transform(rows) * np.linalg.norm(made.components_, axis=1)
+    return parts.argmax(1), made.components_, made.n_iter_
 
 
-def spherical_mixture(settings: Any) -> SklearnClustering:
-    """Mixture of spherical Gaussians of unit features; its centres get their members' mean norm."""
+def _spherical_mixture(rows: Rows, k: int, seed: int, most: int) -> Learnt:
+    """Spherical Gaussians of unit features; centres get the mean length of their members."""
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1)
+    units = rows / np.maximum(norms, NORM_EPSILON)[:, None]
     method = _sklearn("mixture").GaussianMixture
+    made = method(k, covariance_type="spherical", max_iter=most, random_state=seed).fit(units)
+    labels = made.predict(units)
+    lengths = np.bincount(labels, norms, k) / np.maximum(np.bincount(labels, minlength=k), 1)
+    return labels, made.means_ * lengths[:, None], made.n_iter_
 
-    def learn(rows: Rows, k: int, seed: int, most: int) -> Learnt:
-        norms = np.linalg.norm(rows, axis=1)
-        units = (rows / np.maximum(norms, np.finfo(rows.dtype).tiny)[:, None]).astype(np.float64)
-        made = method(k, covariance_type="spherical", max_iter=most, random_state=seed).fit(units)
-        labels = made.predict(units)
-        sizes = np.maximum(np.bincount(labels, minlength=k), 1)
-        lengths = np.bincount(labels, weights=norms, minlength=k) / sizes
-        return labels, made.means_ * lengths[:, None], made.n_iter_
 
-    return SklearnClustering(learn, settings.max_iterations)
+def _make(learn: Learn, sample: int | None, settings: Any) -> SklearnClustering:
+    _sklearn("base")  # before anything runs
+    return SklearnClustering(learn, settings.max_iterations, sample)
+
+
+kmeans = partial(_make, _kmeans, None)
+kmeans_silhouette = partial(_make, _kmeans_silhouette, SAMPLE)
+agglomerative = partial(_make, _agglomerative, SAMPLE)
+nmf = partial(_make, _nmf, SAMPLE)
+spherical_mixture = partial(_make, _spherical_mixture, SAMPLE)
