@@ -1,4 +1,4 @@
-"""Insertion, deletion and drop of confidence on a linear model, by hand."""
+"""Insertion and deletion on a linear model, by hand."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.evaluation.faithfulness import (
-    average_drop,
-    confidences,
-    deletion,
-    filled,
-    increase_in_confidence,
-    insertion,
-)
+from lpcam.evaluation.faithfulness import deletion, filled, insertion
 from lpcam.runtime.errors import DataError
 
 WEIGHTS = torch.tensor([[[4.0, 1.0], [3.0, 2.0]], [[0.0, 0.0], [0.0, 1.0]]])
@@ -92,19 +85,6 @@ def test_the_grounds() -> None:
     torch.testing.assert_close(filled(flat, "blur"), flat)
 
 
-def test_confidence_by_hand() -> None:
-    images = IMAGE.repeat(3, 1, 1, 1)
-    maps = torch.tensor([[[1.0, 0.0], [0.5, 0.0]], [[0.0, 1.0], [0.0, 0.0]], [[1.0] * 2] * 2])
-    whole, shown = confidences(linear, images, maps, torch.tensor([0, 0, 0]), batch=2)
-    assert whole.tolist() == [10, 10, 10]
-    assert shown.tolist() == [5.5, 1, 10]
-    assert average_drop(whole, shown) == pytest.approx((0.45 + 0.9 + 0) / 3)
-    assert increase_in_confidence(whole, shown) == 0
-    whole, shown = torch.tensor([0.5, 0.4]), torch.tensor([0.25, 0.8])
-    assert average_drop(whole, shown) == pytest.approx(0.25)
-    assert increase_in_confidence(whole, shown) == 0.5
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -120,12 +100,3 @@ def test_wrong_input_is_refused(change: dict[str, Any], message: str) -> None:
     given = {"score": linear, "images": IMAGE, "maps": WEIGHTS[:1], "classes": CLASS}
     with pytest.raises(DataError, match=message):
         deletion(**{**given, **change})
-
-
-def test_wrong_confidences_are_refused() -> None:
-    with pytest.raises(DataError, match=r"maps have values from 1\.0 to 4\.0; expected 0 to 1"):
-        confidences(linear, IMAGE, WEIGHTS[:1], CLASS)
-    with pytest.raises(DataError, match="give probabilities"):
-        average_drop(torch.tensor([0.5, -1.0]), torch.tensor([0.5, 0.5]))
-    with pytest.raises(DataError, match=r"\(0,\) and \(0,\); expected \(M,\) twice"):
-        increase_in_confidence(torch.zeros(0), torch.zeros(0))

@@ -1,8 +1,7 @@
 """Faithfulness metrics: how the score of a classifier reacts to the pixels a map marks.
 
-Insertion and deletion are of Petsiuk et al., RISE (BMVC 2018); average drop and increase in
-confidence of Chattopadhay et al., Grad-CAM++ (WACV 2018). ``score`` maps images (B, c, H, W), as it
-expects them, to scores (B, N), without gradients; 0 is the mean colour of normalised images.
+Insertion and deletion are of Petsiuk et al., RISE (BMVC 2018). ``score`` maps images (B, c, H, W),
+as it expects them, to scores (B, N); 0 is the mean colour of normalised images.
 """
 
 from __future__ import annotations
@@ -130,63 +129,6 @@ def _curve(
     return PixelCurve(fractions, torch.cat(found).view(count, steps + 1).to(start.dtype))
 
 
-@torch.no_grad()
-def confidences(
-    score: Score, images: Tensor, maps: Tensor, classes: Tensor, *, batch: int = 16
-) -> tuple[Tensor, Tensor]:
-    """Scores (B,) of the classes on the images, and on the products of image and map.
-
-    Maps are (B, H, W) in [0, 1], else a DataError; other arguments as for :func:`insertion`.
-
-    Example:
-        >>> image = torch.ones(1, 1, 1, 4)
-        >>> def score(images): return images.mean((2, 3))
-        >>> confidences(score, image, image[:, 0] / 2, torch.tensor([0]))
-        (tensor([1.]), tensor([0.5000]))
-    """
-    _check(images, maps, classes)
-    if not (maps.min() >= -1e-5 and maps.max() <= 1 + 1e-5):
-        raise DataError(
-            f"maps have values from {float(maps.min())} to {float(maps.max())}; expected 0 to 1, "
-            "normalise them first"
-        )
-    whole, shown = [], []
-    parts = (torch.split(one, batch) for one in (images, maps, classes.to(images.device)))
-    for image, plane, index in zip(*parts, strict=True):
-        whole.append(_of_class(score(image), index))
-        shown.append(_of_class(score(image * plane.to(images)[:, None]), index))
-    return torch.cat(whole), torch.cat(shown)
-
-
-def average_drop(whole: Tensor, shown: Tensor) -> float:
-    """Mean of max(0, whole - shown) / whole of :func:`confidences` (M,); smaller is better.
-
-    DataError if there is no pair, or a score of a whole image is not positive.
-
-    Example:
-        >>> average_drop(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))
-        0.25
-    """
-    _check_pairs(whole, shown)
-    if not bool((whole > 0).all()):
-        raise DataError(
-            f"scores of whole images go down to {float(whole.min())}; expected positive ones: give "
-            "probabilities (sigmoid or softmax), not logits"
-        )
-    return float(((whole - shown).clamp(min=0) / whole).mean())
-
-
-def increase_in_confidence(whole: Tensor, shown: Tensor) -> float:
-    """Fraction of pairs with a higher score on the product than on the image; larger is better.
-
-    Example:
-        >>> increase_in_confidence(torch.tensor([0.5, 0.5]), torch.tensor([0.25, 0.75]))
-        0.5
-    """
-    _check_pairs(whole, shown)
-    return float((shown > whole).double().mean())
-
-
 def _check(images: Tensor, maps: Tensor, classes: Tensor) -> None:
     count = len(images)
     fits = images.ndim == 4 and maps.shape == (count, *images.shape[-2:])
@@ -209,10 +151,3 @@ def _of_class(scores: Tensor, classes: Tensor) -> Tensor:
     if not 0 <= low <= high < count:
         raise DataError(f"classes go from {low} to {high}; score knows 0 to {count - 1}")
     return scores.gather(1, classes[:, None])[:, 0]
-
-
-def _check_pairs(whole: Tensor, shown: Tensor) -> None:
-    if whole.ndim != 1 or whole.shape != shown.shape or not len(whole):
-        raise DataError(
-            f"scores are {tuple(whole.shape)} and {tuple(shown.shape)}; expected (M,) twice, M >= 1"
-        )
