@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,32 +16,9 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from lpcam.runtime.errors import DataError
 
 Score = Callable[[Tensor], Tensor]
-Fill = Literal["zero", "mean", "blur"]
 BLUR_SIZE = 11  #: Window of the Gaussian in pixels, as in RISE.
 BLUR_SIGMA = 5.0
 STEPS = 50
-
-
-def filled(images: Tensor, fill: Fill) -> Tensor:
-    """Images (B, c, H, W) without content: 0, each one's mean colour, or blurred if large enough.
-
-    Example:
-        >>> filled(torch.tensor([[[[0.0, 1.0]]]]), "mean").tolist()
-        [[[[0.5, 0.5]]]]
-    """
-    if fill == "zero":
-        return torch.zeros_like(images)
-    if fill == "mean":
-        return images.mean((-2, -1), keepdim=True).expand_as(images)
-    if fill != "blur":
-        raise DataError(f"fill is {fill!r}; expected zero, mean or blur")
-    if min(images.shape[-2:]) <= BLUR_SIZE // 2:
-        raise DataError(
-            f"images of {images.shape[-2]} x {images.shape[-1]} pixels are too small for a blur "
-            f"of {BLUR_SIZE}; use the fill 'mean'"
-        )
-    blurred: Tensor = gaussian_blur(images, [BLUR_SIZE, BLUR_SIZE], [BLUR_SIGMA, BLUR_SIGMA])
-    return blurred
 
 
 @dataclass(frozen=True)
@@ -65,28 +41,35 @@ def insertion(
     classes: Tensor,
     *,
     steps: int = STEPS,
-    fill: Fill = "blur",
     batch: int = 16,
 ) -> PixelCurve:
-    """Scores while pixels are inserted, highest map values first; a larger ``auc`` is better.
+    """Scores while pixels are inserted into a blurred image, highest map values first.
+
+    A larger ``auc`` is better.
 
     Args:
         maps: (B, H, W), in any range: only the order counts; equal values in reading order.
         classes: int64 (B,), the class of each map.
         steps: S; after step k, round(k H W / S) pixels are inserted.
-        fill: initial images, see :func:`filled`.
         batch: maximum number of images in a call of ``score``.
 
     Raises:
-        DataError: if shapes do not fit, a map contains NaN, or the scores lack a class.
+        DataError: if shapes do not fit, images are too small for the blur, a map contains NaN, or
+            the scores lack a class.
 
     Example:
-        >>> image = torch.ones(1, 1, 1, 4)
+        >>> images = torch.ones(1, 1, 8, 8)
         >>> def score(images): return images.mean((2, 3))
-        >>> insertion(score, image, image[:, 0], torch.tensor([0]), steps=2, fill="zero").scores
-        tensor([[0.0000, 0.5000, 1.0000]])
+        >>> insertion(score, images, images[:, 0], torch.tensor([0]), steps=2).scores.shape
+        torch.Size([1, 3])
     """
-    return _curve(score, filled(images, fill), images, maps, classes, steps, batch)
+    if min(images.shape[-2:]) <= BLUR_SIZE // 2:
+        raise DataError(
+            f"images of {images.shape[-2]} x {images.shape[-1]} pixels are too small for a blur "
+            f"of {BLUR_SIZE}; enlarge them"
+        )
+    blurred: Tensor = gaussian_blur(images, [BLUR_SIZE, BLUR_SIZE], [BLUR_SIGMA, BLUR_SIGMA])
+    return _curve(score, blurred, images, maps, classes, steps, batch)
 
 
 def deletion(
@@ -96,10 +79,9 @@ def deletion(
     classes: Tensor,
     *,
     steps: int = STEPS,
-    fill: Fill = "zero",
     batch: int = 16,
 ) -> PixelCurve:
-    """Scores while pixels are replaced by ``fill``; a smaller ``auc`` is better. See `insertion`.
+    """Scores while pixels are replaced by 0; a smaller ``auc`` is better. See `insertion`.
 
     Example:
         >>> image = torch.ones(1, 1, 1, 4)
@@ -107,7 +89,7 @@ def deletion(
         >>> deletion(score, image, image[:, 0], torch.tensor([0]), steps=2).scores
         tensor([[1.0000, 0.5000, 0.0000]])
     """
-    return _curve(score, images, filled(images, fill), maps, classes, steps, batch)
+    return _curve(score, images, torch.zeros_like(images), maps, classes, steps, batch)
 
 
 @torch.no_grad()

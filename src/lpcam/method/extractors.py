@@ -8,11 +8,9 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Classifier
@@ -33,7 +31,6 @@ from lpcam.classifiers.wrapped import Head, TargetLayer, WrappedModel, wrap
 from lpcam.method.batches import (
     Batches,
     check_readable_twice,
-    class_indices,
     read_all,
     read_batches,
     read_images,
@@ -50,9 +47,6 @@ from lpcam.method.settings import EarlySettings, LpcamSettings
 from lpcam.method.vit import PositionFree, attended_pyramid
 from lpcam.runtime.errors import BatchError, ClassifierError, NotFittedError, PrototypeError
 from lpcam.runtime.files import read_tensors
-
-if TYPE_CHECKING:
-    from lpcam.method.image_maps import ImageMaps
 
 PresentMaps = list[tuple[Tensor, Tensor]]
 """For each image the indices (K,) of its K classes, in increasing order, and maps (K, H, W)."""
@@ -494,51 +488,6 @@ class LPCAM(CAM):
     def _vectors(self, classes: Collection[int] | None = None) -> Tensor:
         vectors = self.prototypes_.vectors(with_context=self.with_context, classes=classes)
         return vectors.to(single(self.source_.weight))
-
-    @torch.no_grad()
-    def image_maps(
-        self,
-        image: Tensor,
-        picture: NDArray[np.uint8],
-        classes: Sequence[str] | None = None,
-        *,
-        scoring: Literal["sigmoid", "softmax"] = "sigmoid",
-        name: str = "image",
-    ) -> ImageMaps:
-        """CAM and LPCAM of one image as :class:`ImageMaps`, to draw and save.
-
-        Args:
-            image: (c, H, W), normalised as the model expects.
-            picture: (H', W', 3) uint8 RGB of the same image, at any size; maps are drawn over it.
-            classes: names of at most 254 classes to map; None: the class with the highest score.
-            scoring: "softmax" if exactly one class is present.
-            name: of the image, for file names.
-        """
-        from lpcam.method import image_maps as drawn  # noqa: PLC0415 - imports what draws
-
-        vectors, source, settings = self._vectors(), self.source_, self.settings_
-        images = image[None].to(source.device)
-        with full_precision(source.device):
-            logits = source(images) if isinstance(source, Classifier) else source.logits(images)
-            scores = drawn.class_scores(logits[0], scoring)
-            best = drawn.descending(scores)[:1]
-            pairs, early = self._pairs(images)
-            return drawn.ImageMaps.of_features(
-                list(pairs),
-                _size(images),
-                best if classes is None else class_indices(source.classes, classes),
-                single(source.weight),
-                vectors,
-                source.classes,
-                scores,
-                settings,
-                early=self.early_,
-                layers=[image_of(pair) for pair in early],
-                parts=self.prototypes_.parts(),
-                image=picture,
-                name=name,
-                made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
-            )
 
     def save(self, path: str | Path, *, reservoir: bool = False) -> None:
         """Write prototypes, class names, and the head if ``fit`` made one, to a safetensors file.
