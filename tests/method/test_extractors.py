@@ -4,6 +4,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lpcam import CAM, LPCAM
 from lpcam.classifiers.classifier import Classifier, Preprocessing
-from lpcam.classifiers.early_layers import early_layers, tapped
+from lpcam.classifiers.early_layers import Tap, early_layers
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.features import FeaturePair, tensor_pyramid
 from lpcam.classifiers.linear import ProbeSettings, fit_head
@@ -589,7 +590,7 @@ def test_early_layers_sharpen_the_maps_of_a_pass(base: Literal["CAM", "LPCAM"], 
     assert (own.base, own.fusion, own.layers) == (base, "fused", early_layers(model))
     plain = {"CAM": CAM(model, settings), "LPCAM": LPCAM(model, settings).fit(batches)}[base]
     bases, views = plain(images, labels), [images, images.flip(-1)]
-    with tapped(model, own.layers) as tap, torch.no_grad():
+    with closing(Tap(model, own.layers)) as tap, torch.no_grad():
         passes = [model(view) is not None and tap.take((64, 96)) for view in views]
     for place in range(2):
         pairs = [
