@@ -27,7 +27,6 @@ class FeaturePair(NamedTuple):
 
     features: Tensor  #: (..., C, h, w)
     mirrored: Tensor | None  #: (..., C, h, w), or None without flip
-    attention: Tensor | None = None  #: (..., h * w, h * w) that spreads maps, or None
 
 
 def image_of(pair: FeaturePair, place: int = 0) -> FeaturePair:
@@ -93,7 +92,7 @@ def tapped_pyramid(
             if scale == 1.0:
                 count = len(pair.features)
                 views = [v.reshape(-1, count, *v.shape[1:]) for v in map(single, tap.take(size))]
-                early = [FeaturePair._make((*view, None, None)[:3]) for view in views]
+                early = [FeaturePair._make((*view, None)[:2]) for view in views]
     return pairs[: len(scales)], early
 
 

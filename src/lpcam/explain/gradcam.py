@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lpcam.classifiers.features import FeaturePair, full_precision, with_scale_one
+from lpcam.classifiers.features import FeaturePair, full_precision, tensor_pyramid, with_scale_one
 from lpcam.classifiers.tracing import logits_of
 from lpcam.classifiers.wrapped import TargetLayer, WrappedModel, wrap
 from lpcam.method import extractors as extract
@@ -28,7 +28,6 @@ from lpcam.method.functional import lpcam_of_pair, unflip, unit
 from lpcam.method.multi_scale import present_maps
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.method.vit import PositionFree, attended_pyramid
 from lpcam.runtime.errors import ClassifierError, PrototypeError
 
 Targets = Sequence[Any] | None  #: Class indices, or objects with ``category``.
@@ -84,8 +83,7 @@ class LPCAM(extract.LPCAM):
         self.self_fit = self_fit
         self.outputs: Any = None
         of_model = {name: options[name] for name in self._model_options if name in options}
-        found = _source(model, self.target_layers, reshape_transform, of_model)
-        self.source = PositionFree.of(found) if self.remove_position_bias else found
+        self.source = _source(model, self.target_layers, reshape_transform, of_model)
         if self.source.needs_head and self_fit:
             raise ClassifierError(
                 f"this model gives no logits of the {len(self.source.classes)} classes, and "
@@ -152,10 +150,10 @@ class LPCAM(extract.LPCAM):
         source = self._source if isinstance(self._source, WrappedModel) else self.source
         scales, flip = with_scale_one(self.settings.scales), self.settings.flip
         images = images.to(source.device, source.dtype)
-        own, blocks, outputs = scales.index(1.0), self.attention_blocks, list[Any]()
+        own, outputs = scales.index(1.0), list[Any]()
         hook = source.core.register_forward_hook(lambda *given: outputs.append(given[-1]))
         with hook, full_precision(source.device):
-            pairs = list(attended_pyramid(source, images, scales, flip=flip, blocks=blocks))
+            pairs = list(tensor_pyramid(source, images, scales, flip=flip))
             if source.new_head:
                 pooled = pairs[own].features.mean((-2, -1))
                 return F.linear(pooled, source.weight, source.bias), pairs

@@ -143,7 +143,7 @@ class EarlyPrototypes:
         ``layers`` are the features (C, h, w) of one image and of its mirror image in each layer.
         """
         rows, found = list(classes), []
-        for (features, mirrored, _), mean, foreground, context in zip(
+        for (features, mirrored), mean, foreground, context in zip(
             layers, self.means, self.foreground, self.context, strict=True
         ):
             views = [features] if mirrored is None else [features, mirrored]

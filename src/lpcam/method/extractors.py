@@ -39,12 +39,11 @@ from lpcam.method.batches import (
 )
 from lpcam.method.early import Base, EarlyPrototypes, early_images, fit_early
 from lpcam.method.functional import cam_of_pair, fuse_scales, lpcam_of_pair, zeros_on_demand
-from lpcam.method.multi_scale import OfPair, maps_of, present_maps, single_scale_cam
+from lpcam.method.multi_scale import OfPair, present_maps, single_scale_cam
 from lpcam.method.negatives import compare_loaders
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import RandomState, Reservoir, collect, drawn_seed
 from lpcam.method.settings import EarlySettings, LpcamSettings
-from lpcam.method.vit import PositionFree, attended_pyramid
 from lpcam.runtime.errors import BatchError, ClassifierError, NotFittedError, PrototypeError
 from lpcam.runtime.files import read_tensors
 
@@ -67,8 +66,6 @@ class CAM:
         settings: an :class:`LpcamSettings` or the name of a preset; None: ``voc12.official``, at
             scale 1 only if the model takes a fixed size of image.
         classes, target_layer, head, pool, example: as for :func:`wrap`.
-        attention_blocks: number of last transformer blocks whose attention spreads the maps.
-        remove_position_bias: subtract the mean response of the map's places to noise images.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -86,8 +83,6 @@ class CAM:
     head: Head | None = None
     pool: Pool | None = None
     example: Tensor | tuple[int, int] | None = None
-    attention_blocks: int = 0
-    remove_position_bias: bool = False
 
     _model_options = ("classes", "target_layer", "head", "pool", "example")
 
@@ -124,7 +119,7 @@ class CAM:
             raise ValueError(f"no parameter {unknown[0]!r}; there are {', '.join(known)}")
         for name, value in parameters.items():
             setattr(self, name, value)
-        if parameters.keys() & {"model", "remove_position_bias", EARLY, *self._model_options}:
+        if parameters.keys() & {"model", EARLY, *self._model_options}:
             self._reset()
         return self
 
@@ -150,16 +145,13 @@ class CAM:
         options = {name: getattr(self, name) for name in self._model_options}
         if not isinstance(self.model, (Classifier, WrappedModel)):
             options["classes"] = classes if self.classes is None else self.classes
-            return self._of_options(wrap(self.model, **options))
+            return wrap(self.model, **options)
         if given := [name for name, value in options.items() if value is not None]:
             raise ClassifierError(
                 f"{', '.join(given)} cannot be given beside a {type(self.model).__name__}, which "
                 "has its own; leave it out, or give the bare model"
             )
-        return self._of_options(self.model)
-
-    def _of_options(self, source: Source) -> Source:
-        return PositionFree.of(source) if self.remove_position_bias else source
+        return self.model
 
     @overload
     def __call__(
@@ -200,7 +192,7 @@ class CAM:
             of_pair, rows, epsilon = self._rule(None if chosen is None else set().union(*chosen))
             pairs, early = self._pairs(images)
             if chosen is None and self.early_ is None:
-                fused = [maps_of(of_pair, pair, rows) for pair in pairs]
+                fused = [of_pair(*pair, rows) for pair in pairs]
                 return fuse_scales(fused, size, epsilon=epsilon).high_res.to(images.device)
             chosen = [list(range(count))] * len(images) if chosen is None else chosen
             found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
@@ -221,10 +213,9 @@ class CAM:
         self, images: Tensor, layers: Sequence[str] = ()
     ) -> tuple[Iterable[FeaturePair], list[FeaturePair]]:
         """Features at each scale, and of early layers (those fitted, or these) at scale 1."""
-        source, own, blocks = self.source_, self.settings_, self.attention_blocks
+        source, own = self.source_, self.settings_
         layers = layers if self.early_ is None else self.early_.layers
-        given = source, images.to(source.device)
-        pyramid = partial(attended_pyramid, *given, flip=own.flip, blocks=blocks)
+        pyramid = partial(tensor_pyramid, source, images.to(source.device), flip=own.flip)
         return tapped_pyramid(source, pyramid, own.scales, layers, _size(images))
 
     def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
@@ -241,7 +232,6 @@ class LPCAM(CAM):
 
     Args:
         model, settings, classes, target_layer, head, pool, example: as for :class:`CAM`.
-        attention_blocks, remove_position_bias: as for :class:`CAM`.
         random_state: random seed of the reservoir and the clustering: an integer, or a NumPy
             RandomState or Generator that each fit draws one from; None: another one at each fit.
         dtype: precision in which local features are kept; the largest float16 is 65504.
