@@ -51,17 +51,10 @@ from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask
 from lpcam.data.resize import scaled_size
 from lpcam.data.voc import read_voc
-from lpcam.evaluation.faithfulness import (
-    average_drop,
-    confidences,
-    deletion,
-    increase_in_confidence,
-    insertion,
-)
+from lpcam.evaluation.faithfulness import deletion, insertion
 from lpcam.evaluation.localisation import (
     BoxAccuracy,
     PixelAveragePrecision,
-    PointingGame,
     class_truth,
     truth_boxes,
 )
@@ -83,7 +76,7 @@ BOX_THRESHOLDS = tuple(step / 20 for step in range(20))
 PIXEL_STEP = 2
 """mIoU and PxAP count every so many-th pixel of every so many-th row."""
 FAITHFUL = 12
-"""Images of insertion, deletion and drop, evenly spread; the first label of each."""
+"""Images of insertion and deletion, evenly spread; the first label of each."""
 SIDE = 224
 """Their long side in pixels."""
 STEPS = 20
@@ -273,7 +266,6 @@ class Places:
         self.fixed = fixed
         self.sweep = ThresholdSweep(len(classes), sorted({*DEFAULT_THRESHOLDS, fixed}))
         self.boxes = BoxAccuracy(BOX_THRESHOLDS)
-        self.game = PointingGame(len(classes))
         self.pixels = PixelAveragePrecision()
 
     def update(self, item: Item, maps: Tensor, truth: Tensor) -> None:
@@ -285,24 +277,19 @@ class Places:
             if not bool((own == 1).any()):
                 continue
             self.boxes.update(plane, truth_boxes(own))
-            self.game.update(plane, own, index)
             self.pixels.update(plane[few], own[few])
 
     def compute(self) -> dict[str, float]:
         """Fractions."""
         threshold, best = best_threshold(self.sweep, self.names)
-        box, game = self.boxes.compute(), self.game.compute()
         return {
             "best": best.miou,
             "best_at": threshold,
             "fixed": scores(self.sweep.confusion(self.fixed), self.names).miou,
             "fixed_at": self.fixed,
-            "tolerant": game.tolerant,
-            "exact": game.exact,
-            "box": box.max_box_acc[0.5],
-            "box_v2": box.max_box_acc_v2,
+            "box": self.boxes.compute(),
             "pxap": self.pixels.compute(),
-            "pairs": float(box.pairs),
+            "pairs": float(self.boxes.pairs),
         }
 
 
@@ -316,7 +303,7 @@ def faithful(
     steps: int = STEPS,
     batch: int = 7,
 ) -> dict[str, dict[str, float]]:
-    """Insertion, deletion and confidence of one class's maps (H, W), at a small long side."""
+    """Insertion and deletion of one class's maps (H, W), at a small long side."""
     size = scaled_size(*image.shape[-2:], side / max(image.shape[-2:]))
     options: dict[str, Any] = {"mode": "bilinear", "align_corners": False}
     small = F.interpolate(image, size=size, antialias=True, **options)
@@ -330,8 +317,7 @@ def faithful(
     classes = torch.full((len(planes),), index)
     inserted = insertion(score, images, planes, classes, steps=steps, batch=batch).auc
     deleted = deletion(score, images, planes, classes, steps=steps, batch=batch).auc
-    whole, shown = confidences(score, images, planes, classes, batch=batch)
-    columns = {"insertion": inserted, "deletion": deleted, "whole": whole, "shown": shown}
+    columns = {"insertion": inserted, "deletion": deleted}
     return {
         name: {column: float(values[row]) for column, values in columns.items()}
         for row, name in enumerate(maps)
@@ -379,8 +365,6 @@ def measured(
                 **place.compute(),
                 "insertion": float(rows["insertion"].mean()),
                 "deletion": float(rows["deletion"].mean()),
-                "drop": average_drop(rows["whole"], rows["shown"]),
-                "increase": increase_in_confidence(rows["whole"], rows["shown"]),
                 "speed": [speed.median, speed.low, speed.high],
             }
         return {
@@ -430,7 +414,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 name,
                 f"{percent['best']} ({row['best_at']:.2f})",
                 f"{percent['fixed']} ({row['fixed_at']:.2f})",
-                *(percent[key] for key in ("tolerant", "exact", "box", "box_v2", "pxap")),
+                *(percent[key] for key in ("box", "pxap")),
             ]
         )
         median, low, high = map(show_number, row["speed"])
@@ -439,18 +423,15 @@ def main(argv: Sequence[str] | None = None) -> int:
                 name,
                 f"{row['insertion']:.3f}",
                 f"{row['deletion']:.3f}",
-                percent["drop"],
-                percent["increase"],
                 f"{median} ({low}–{high})" if repetitions > 1 else median,
             ]
         )
     if not has_peer():
-        place_rows.append(["pytorch-grad-cam", f"{MISSING}: {EXTRA}", *[""] * 6])
-    headings = ["method", "mIoU, best threshold", "mIoU, fixed threshold", "pointing, 15 px"]
-    headings += ["pointing, on the object", "MaxBoxAcc, IoU 0.5", "MaxBoxAccV2", "PxAP"]
+        place_rows.append(["pytorch-grad-cam", f"{MISSING}: {EXTRA}", *[""] * 3])
+    headings = ["method", "mIoU, best threshold", "mIoU, fixed threshold", "MaxBoxAccV2", "PxAP"]
     print(table(headings, place_rows))
     print()
-    headings = ["method", "insertion ↑", "deletion ↓", "average drop ↓", "increase ↑", "images/s"]
+    headings = ["method", "insertion ↑", "deletion ↓", "images/s"]
     print(table(headings, look_rows))
     return 0
 
@@ -469,14 +450,13 @@ def _protocol(
         "and deletion.\n\n"
         "mIoU: seeds over background and classes; in brackets the threshold, the best one chosen "
         f"by these masks from 0.00 to 0.99, the fixed one the preset's of LPCAM or CAM. The rest "
-        f"over {pairs} pairs of image and label that the mask shows. Pointing game: mean over "
-        "classes; a hit at most 15 pixels from the object, or on it. MaxBoxAcc and MaxBoxAccV2: "
-        "best threshold of 0.00, 0.05, ..., 0.95, truth the tightest boxes of the mask's "
-        "components, IoU 0.5; mean over 0.3, 0.5, 0.7. mIoU and PxAP count every "
+        f"over {pairs} pairs of image and label that the mask shows. MaxBoxAccV2: best threshold "
+        "of 0.00, 0.05, ..., 0.95, truth the tightest boxes of the mask's components, mean over "
+        "IoU 0.3, 0.5 and 0.7. mIoU and PxAP count every "
         f"{PIXEL_STEP}nd pixel each way. Void and other classes' pixels are not counted.\n\n"
         f"Insertion (onto the blurred image) and deletion (to the mean colour): {found['faithful']}"
-        f" images at {SIDE} pixels, first label, {STEPS} steps, mean area below the sigmoid score; "
-        "drop and increase on the product of normalised image and map, of the same images. Speed: "
+        f" images at {SIDE} pixels, first label, {STEPS} steps, mean area below the sigmoid score. "
+        "Speed: "
         f"{found['timed']} images in memory to maps of full size, one by one, backbone included, "
         f"which no gradient passes; warm-up, median of {repetitions} repetitions and quartiles."
     )

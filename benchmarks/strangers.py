@@ -19,11 +19,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.measure import parser, table
 from benchmarks.photographs import RECIPE
 from lpcam.data.map_files import map_path, read_maps
-from lpcam.evaluation.judge import around, colour_bins, curves, step_of
+from lpcam.evaluation.judge import THRESHOLDS, colour_bins, curves, last_of_plateau, step_of
 from lpcam.evaluation.segmentation import confusion, scores, truth_labels
 from lpcam.method.seeds import seeds
 from lpcam.pipeline import demo
@@ -34,6 +35,7 @@ from lpcam.pipeline.run_folder import RESULTS, RunFolder
 from lpcam.runtime.files import read_json
 from lpcam.runtime.parallel import ordered_map
 
+DEVIATION = 0.1  #: Of an image's threshold from that of its data set.
 TUNED, ADAPTIVE = "tuned", "adaptive"
 DEMO = "drawings"
 SAME_CLASSIFIER = {"held out": "photographs"}
@@ -90,6 +92,16 @@ def per_image(folder: Path, method: str, threshold: float) -> float:
 
     items = [i for i in dataset.select(recipe.data.list_of("evaluate")) if i.mask is not None]
     return scores(sum(ordered_map(count, items, torch.get_num_threads())), names).miou  # type: ignore[arg-type]
+
+
+def around(found: Tensor, threshold: float) -> float:
+    """Threshold of one image near that of its data set, by the colours of `curves` (2, T).
+
+    The image's colour information is weighted by a Gaussian around ``threshold``.
+    """
+    grid = torch.tensor(THRESHOLDS, dtype=torch.float64)
+    curve = found[0] * torch.exp(-((grid - threshold) ** 2) / (2 * DEVIATION**2))
+    return last_of_plateau(curve) if bool(curve.max() > 0) else threshold
 
 
 def measure(

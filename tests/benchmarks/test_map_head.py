@@ -23,7 +23,7 @@ def test_forms_give_the_same_maps() -> None:
 def test_the_loop_is_equations_5_and_6() -> None:
     """By hand, at one location."""
     pairs, prototypes = map_head.inputs(**SHAPE)
-    features, mirrored, _ = pairs[0]
+    features, mirrored = pairs[0]
     assert mirrored is not None
     found = map_head.loop_of_pair(features, mirrored, prototypes)
     vector = features[:, 2, 3] + mirrored[:, 2, features.shape[2] - 1 - 3]

@@ -6,6 +6,7 @@ import copy
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 
 import pytest
 import timm
@@ -14,7 +15,7 @@ import torchvision
 from tiny import BACKBONE, Patches, headed, state_of
 from torch import Tensor, nn
 
-from lpcam.classifiers.early_layers import Tap, early_layers, readings, tapped
+from lpcam.classifiers.early_layers import Tap, early_layers, readings
 from lpcam.runtime.errors import ClassifierError
 
 Build = Callable[[], nn.Module]
@@ -53,7 +54,7 @@ def test_the_layers_before_the_last_level(family: str) -> None:
     model = build().eval()
     before = state_of(model)[:5]
     assert early_layers(model) == expected
-    with tapped(model, expected) as tap, torch.no_grad():
+    with closing(Tap(model, expected)) as tap, torch.no_grad():
         model(torch.rand(2, 3, *SIZE))
         maps = tap.take(SIZE)
     assert [tuple(one.shape[2:]) for one in maps] == [(12, 20), (6, 10)]  # strides 8 and 16
@@ -87,7 +88,7 @@ def test_a_transformer_gives_the_blocks_at_a_third_and_two_thirds(
     model = build().eval()
     found = early_layers(model, size)
     assert found == expected
-    with tapped(model, found) as tap, torch.no_grad():
+    with closing(Tap(model, found)) as tap, torch.no_grad():
         model(torch.rand(1, 3, *size))
         (first, _) = tap.take(size)
     side = 14 if size == (112, 112) else 8 if size == (32, 32) else 16
@@ -152,7 +153,7 @@ def test_each_thread_takes_its_own_maps() -> None:
 
 def test_maps_are_taken_once_and_hooks_go_even_after_an_error() -> None:
     model = doubling()
-    with pytest.raises(ZeroDivisionError), tapped(model, ("0", "1")) as tap:
+    with pytest.raises(ZeroDivisionError), closing(Tap(model, ("0", "1"))) as tap:
         model(torch.zeros(1, 3, 16, 24))
         assert len(tap.take((16, 24))) == 2
         with pytest.raises(ClassifierError, match="NoneType"):

@@ -1,4 +1,4 @@
-"""Insertion, deletion and drop of confidence on a linear model, by hand."""
+"""Insertion and deletion on a linear model, by hand."""
 
 from __future__ import annotations
 
@@ -8,14 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.evaluation.faithfulness import (
-    average_drop,
-    confidences,
-    deletion,
-    filled,
-    increase_in_confidence,
-    insertion,
-)
+from lpcam.evaluation.faithfulness import deletion, insertion
 from lpcam.runtime.errors import DataError
 
 WEIGHTS = torch.tensor([[[4.0, 1.0], [3.0, 2.0]], [[0.0, 0.0], [0.0, 1.0]]])
@@ -28,6 +21,11 @@ def linear(images: Tensor) -> Tensor:
     return torch.einsum("bchw,nhw->bn", images, WEIGHTS)
 
 
+def halves(images: Tensor) -> Tensor:
+    """Scores (B, 2): the means of the upper and of the lower half."""
+    return torch.stack([half.mean((1, 2, 3)) for half in images.chunk(2, dim=2)], dim=1)
+
+
 def test_deletion_takes_the_highest_pixels_first() -> None:
     curve = deletion(linear, IMAGE, WEIGHTS[:1], CLASS, steps=4)
     assert curve.scores.tolist() == [[10, 6, 3, 1, 0]]
@@ -35,10 +33,25 @@ def test_deletion_takes_the_highest_pixels_first() -> None:
     assert curve.auc.tolist() == [(5 + 6 + 3 + 1 + 0) / 4]
 
 
-def test_insertion_brings_the_highest_pixels_first() -> None:
-    curve = insertion(linear, IMAGE, WEIGHTS[:1], CLASS, steps=4, fill="zero")
-    assert curve.scores.tolist() == [[0, 4, 7, 9, 10]]
-    assert curve.auc.tolist() == [(0 + 4 + 7 + 9 + 5) / 4]
+def test_insertion_brings_the_highest_pixels_first_into_a_blurred_image() -> None:
+    """One pixel of 1: the blur of it is a Gaussian of a window of 11 pixels."""
+    image = torch.zeros(1, 1, 31, 31)
+    image[..., 15, 15] = 1
+
+    def whole(images: Tensor) -> Tensor:
+        return images[..., 15:16, 15:16].flatten(1) + images.square().sum((1, 2, 3))[:, None]
+
+    order = image[:, 0].clone()
+    curve = insertion(whole, image, order, CLASS, steps=961)
+    offsets = torch.arange(-5, 6).double()
+    row = torch.exp(-(offsets**2) / 50)
+    row = row / row.sum()
+    first = float(row[5] ** 2 + (row**2).sum() ** 2)
+    assert float(curve.scores[0, 0]) == pytest.approx(first, rel=1e-4)
+    # the pixel itself, then the rest of the ground
+    second = 2 + (float((row**2).sum() ** 2) - float(row[5] ** 4))
+    assert float(curve.scores[0, 1]) == pytest.approx(second, rel=1e-4)
+    assert float(curve.scores[0, -1]) == 2
 
 
 def test_equal_values_go_in_reading_order() -> None:
@@ -55,54 +68,22 @@ def test_steps_share_the_pixels_out() -> None:
 
 def test_a_batch_gives_what_each_image_gives() -> None:
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(3, 2, 2, 2, generator=generator)
-    maps = torch.rand(3, 2, 2, generator=generator)
+    images = torch.rand(3, 2, 8, 8, generator=generator)
+    maps = torch.rand(3, 8, 8, generator=generator)
     classes = torch.tensor([1, 0, 1])
     for call in (insertion, deletion):
         sizes = []
 
         def score(given: Tensor, sizes: list[int] = sizes) -> Tensor:
             sizes.append(len(given))
-            return linear(given)
+            return halves(given)
 
-        whole = call(score, images, maps, classes, steps=4, fill="mean", batch=4)
+        whole = call(score, images, maps, classes, steps=4, batch=4)
         assert sizes == [4, 4, 4, 3]
         for row in range(3):
             own = slice(row, row + 1)
-            one = call(linear, images[own], maps[own], classes[own], steps=4, fill="mean")
+            one = call(halves, images[own], maps[own], classes[own], steps=4)
             torch.testing.assert_close(one.scores, whole.scores[own])
-
-
-def test_the_grounds() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.rand(2, 3, 16, 20, generator=generator)
-    assert not filled(images, "zero").any()
-    means = filled(images, "mean")
-    assert means.shape == images.shape
-    torch.testing.assert_close(means[1, 2, 3, 4], images[1, 2].mean())
-    dot = torch.zeros(1, 2, 31, 31)
-    dot[0, 1, 15, 15] = 1
-    blurred = filled(dot, "blur")
-    assert not blurred[0, 0].any()
-    assert float(blurred.sum()) == pytest.approx(1, abs=1e-5)
-    assert (blurred[0, 1] > 0).sum() == 11 * 11
-    ratio = float(blurred[0, 1, 15, 18] / blurred[0, 1, 15, 15])
-    assert ratio == pytest.approx(2.718281828 ** (-9 / 50), rel=1e-5)
-    flat = torch.full((1, 1, 12, 12), 0.3)
-    torch.testing.assert_close(filled(flat, "blur"), flat)
-
-
-def test_confidence_by_hand() -> None:
-    images = IMAGE.repeat(3, 1, 1, 1)
-    maps = torch.tensor([[[1.0, 0.0], [0.5, 0.0]], [[0.0, 1.0], [0.0, 0.0]], [[1.0] * 2] * 2])
-    whole, shown = confidences(linear, images, maps, torch.tensor([0, 0, 0]), batch=2)
-    assert whole.tolist() == [10, 10, 10]
-    assert shown.tolist() == [5.5, 1, 10]
-    assert average_drop(whole, shown) == pytest.approx((0.45 + 0.9 + 0) / 3)
-    assert increase_in_confidence(whole, shown) == 0
-    whole, shown = torch.tensor([0.5, 0.4]), torch.tensor([0.25, 0.8])
-    assert average_drop(whole, shown) == pytest.approx(0.25)
-    assert increase_in_confidence(whole, shown) == 0.5
 
 
 @pytest.mark.parametrize(
@@ -112,20 +93,11 @@ def test_confidence_by_hand() -> None:
         ({"maps": torch.full((1, 2, 2), float("nan"))}, "NaN"),
         ({"classes": torch.tensor([2])}, "classes go from 2 to 2; score knows 0 to 1"),
         ({"score": lambda x: x.sum((1, 2, 3))}, r"score gave \(\d+,\) for \d+ images"),
-        ({"fill": "black"}, "fill is 'black'"),
-        ({"fill": "blur"}, "2 x 2 pixels are too small for a blur of 11"),
     ],
 )
 def test_wrong_input_is_refused(change: dict[str, Any], message: str) -> None:
     given = {"score": linear, "images": IMAGE, "maps": WEIGHTS[:1], "classes": CLASS}
     with pytest.raises(DataError, match=message):
         deletion(**{**given, **change})
-
-
-def test_wrong_confidences_are_refused() -> None:
-    with pytest.raises(DataError, match=r"maps have values from 1\.0 to 4\.0; expected 0 to 1"):
-        confidences(linear, IMAGE, WEIGHTS[:1], CLASS)
-    with pytest.raises(DataError, match="give probabilities"):
-        average_drop(torch.tensor([0.5, -1.0]), torch.tensor([0.5, 0.5]))
-    with pytest.raises(DataError, match=r"\(0,\) and \(0,\); expected \(M,\) twice"):
-        increase_in_confidence(torch.zeros(0), torch.zeros(0))
+    with pytest.raises(DataError, match="2 x 2 pixels are too small for a blur of 11"):
+        insertion(linear, IMAGE, WEIGHTS[:1], CLASS)

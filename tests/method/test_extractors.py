@@ -4,6 +4,7 @@ import copy
 import inspect
 import re
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lpcam import CAM, LPCAM
 from lpcam.classifiers.classifier import Classifier, Preprocessing
-from lpcam.classifiers.early_layers import early_layers, tapped
+from lpcam.classifiers.early_layers import Tap, early_layers
 from lpcam.classifiers.feature_store import image_pyramid
 from lpcam.classifiers.features import FeaturePair, tensor_pyramid
 from lpcam.classifiers.linear import ProbeSettings, fit_head
@@ -33,7 +34,6 @@ from lpcam.method.settings import EarlySettings, LpcamSettings
 from lpcam.runtime.errors import (
     ArtefactError,
     ClassifierError,
-    DataError,
     NotFittedError,
     PrototypeError,
     RecipeError,
@@ -154,27 +154,6 @@ def test_save_and_load(
         LPCAM(classifier, SETTINGS).load(tmp_path / "p.safetensors")
 
 
-def test_maps_of_an_image_to_draw(
-    classifier: Classifier, batch: tuple[Tensor, Tensor], tmp_path: Path
-) -> None:
-    lpcam = LPCAM(classifier, SETTINGS).fit([batch])
-    image = batch[0][0]
-    shown = (image.repeat_interleave(2, 1).repeat_interleave(2, 2) * 255).byte()
-    picture = shown.permute(1, 2, 0).numpy()
-    found = lpcam.image_maps(image, picture, ["green", "red"], scoring="softmax", name="square")
-    assert (found.classes, found.mask_ids) == (("green", "red"), (2, 1))
-    assert sum(found.scores) == pytest.approx(1)
-    expected = lpcam(image[None])[0].numpy()[[1, 0]]
-    np.testing.assert_array_equal(found.lpcam, expected)
-    np.testing.assert_array_equal(found.cam, CAM(classifier, SETTINGS)(image[None])[0][[1, 0]])
-    assert found.mask(classes=["red"])[64, 80] == 1
-    assert found.save(tmp_path)["kind"] == "lpcam explain"
-    (best,) = lpcam.image_maps(image, picture).classes
-    assert best == "red"
-    with pytest.raises(DataError, match="blue"):
-        lpcam.image_maps(image, picture, ["blue"])
-
-
 def parts() -> list[tuple[Tensor, Tensor]]:
     """Three batches of unequal length."""
     generator = torch.Generator().manual_seed(0)
@@ -243,7 +222,7 @@ def test_maps_follow_corrected_prototypes(
     changed = lpcam(images, labels)
     assert not torch.equal(changed[:, 0], plain[:, 0])
     assert torch.equal(changed[:, 1], plain[:, 1])
-    maps = lpcam.image_maps(images[0], np.zeros((64, 96, 3), np.uint8), ["red"])
+    maps = Explainer(lpcam)(np.zeros((64, 96, 3), np.uint8), labels=["red"])
     assert maps.parts["red"][0] == ("lid",)
     vectors = lpcam.prototypes_.vectors()
     assert torch.equal(LPCAMHead.from_lpcam(lpcam).vectors, vectors)
@@ -611,7 +590,7 @@ def test_early_layers_sharpen_the_maps_of_a_pass(base: Literal["CAM", "LPCAM"], 
     assert (own.base, own.fusion, own.layers) == (base, "fused", early_layers(model))
     plain = {"CAM": CAM(model, settings), "LPCAM": LPCAM(model, settings).fit(batches)}[base]
     bases, views = plain(images, labels), [images, images.flip(-1)]
-    with tapped(model, own.layers) as tap, torch.no_grad():
+    with closing(Tap(model, own.layers)) as tap, torch.no_grad():
         passes = [model(view) is not None and tap.take((64, 96)) for view in views]
     for place in range(2):
         pairs = [
@@ -626,9 +605,6 @@ def test_early_layers_sharpen_the_maps_of_a_pass(base: Literal["CAM", "LPCAM"], 
         assert indices.tolist() == [place]
         torch.testing.assert_close(maps[0], found[place, place])
         torch.testing.assert_close(every[place, place], found[place, place])
-    shown = (images[0].clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy()
-    drawn = lpcam.image_maps(images[0], shown, ["class 0"])
-    np.testing.assert_allclose(drawn.lpcam[0], found[0, 0], atol=1e-5)
 
 
 def test_early_layers_without_scale_one() -> None:

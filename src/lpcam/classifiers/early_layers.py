@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -181,13 +181,3 @@ class Tap:
         """Leave the model as it was."""
         for handle in self._handles:
             handle.remove()
-
-
-@contextmanager
-def tapped(model: nn.Module, layers: Sequence[str]) -> Iterator[Tap]:
-    """A :class:`Tap` until the block ends."""
-    tap = Tap(model, layers)
-    try:
-        yield tap
-    finally:
-        tap.close()

@@ -119,14 +119,11 @@ class FeatureStore:
             kept = [self._kept.get((item.id, scale)) for item in items]
             stacked = [one for one in kept if one is not None]
             if len(stacked) < len(items):
-                if images is None:
-                    images = np.stack([limit_long_side(i.read(), self.maximum_side) for i in items])
-                with naming(items):
-                    stacked = self._compute(images, scale, items)
+                images = self._read(items) if images is None else images
+                stacked, _ = self._compute(images, scale, items)
                 for item, one in zip(items, stacked, strict=True):
                     self._offer(item.id, scale, one)
-            full = torch.stack(stacked).to(self.classifier.device).float()
-            yield FeaturePair(full[:, 0], full[:, 1] if self.flip else None)
+            yield self._pair(stacked)
 
     @torch.inference_mode()
     def early(self, items: Sequence[Item]) -> list[FeaturePair]:
@@ -135,19 +132,19 @@ class FeatureStore:
         There is one pair for each early layer; none if the store was made without any.
         """
         layers = () if self._tap is None else self._tap.layers
-        kept = [[self._kept.get((item.id, name)) for item in items] for name in layers]
-        if any(one is None for row in kept for one in row):
-            images = np.stack([limit_long_side(i.read(), self.maximum_side) for i in items])
-            found: dict[tuple[str, float | str], Tensor] = {}
-            with naming(items):
-                self._compute(images, 1.0, items, found)
-            kept = [[found[item.id, name] for item in items] for name in layers]
-        pairs = []
-        for row in kept:
-            full = torch.stack([one for one in row if one is not None])
-            full = full.to(self.classifier.device).float()
-            pairs.append(FeaturePair(full[:, 0], full[:, 1] if self.flip else None))
-        return pairs
+        places = [(item.id, name) for name in layers for item in items]
+        found = {place: one for place in places if (one := self._kept.get(place)) is not None}
+        if len(found) < len(places):
+            _, found = self._compute(self._read(items), 1.0, items)
+        return [self._pair([found[item.id, name] for item in items]) for name in layers]
+
+    def _read(self, items: Sequence[Item]) -> NDArray[np.uint8]:
+        return np.stack([limit_long_side(item.read(), self.maximum_side) for item in items])
+
+    def _pair(self, stacked: Sequence[Tensor]) -> FeaturePair:
+        """Features of a batch from those of each image and its mirror image, (1 or 2, C, h, w)."""
+        full = torch.stack([*stacked]).to(self.classifier.device).float()
+        return FeaturePair(full[:, 0], full[:, 1] if self.flip else None)
 
     def fresh(self, images: NDArray[np.uint8], scale: float, *, flip: bool) -> FeaturePair:
         """Features (B, C, h, w) of RGB images (B, H, W, 3) at a scale, by a counted pass."""
@@ -158,32 +155,26 @@ class FeatureStore:
         return next(image_pyramid(self.classifier, images, one, flip=flip, precision=precision))
 
     def _compute(
-        self,
-        images: NDArray[np.uint8],
-        scale: float,
-        items: Sequence[Item],
-        found: dict[tuple[str, float | str], Tensor] | None = None,
-    ) -> list[Tensor]:
-        """Features of images; those of early layers are offered, and put into ``found``."""
-        pair = self.fresh(images, scale, flip=self.flip)
-        stacked = torch.stack([part.to(self.dtype) for part in pair if part is not None], dim=1)
-        tap = self._tap if scale == 1.0 else None
-        maps = [] if tap is None else tap.take(images.shape[1:3])
-        for name, values in zip(tap.layers if tap else (), maps, strict=True):
-            sides = (
-                values.to(self.dtype).reshape(-1, len(images), *values.shape[1:]).transpose(0, 1)
-            )
-            if not all_finite(sides):
-                stacked = sides  # told below
-            for item, one in zip(items, sides, strict=True):
-                if found is not None:
+        self, images: NDArray[np.uint8], scale: float, items: Sequence[Item]
+    ) -> tuple[list[Tensor], dict[tuple[str, str], Tensor]]:
+        """Features of images, and those of early layers, which are offered."""
+        with naming(items):
+            pair = self.fresh(images, scale, flip=self.flip)
+            stacked = torch.stack([part.to(self.dtype) for part in pair if part is not None], dim=1)
+            finite, found = all_finite(stacked), dict[tuple[str, str], Tensor]()
+            tap = self._tap if scale == 1.0 else None
+            maps = [] if tap is None else tap.take(images.shape[1:3])
+            for name, values in zip(tap.layers if tap else (), maps, strict=True):
+                views = values.to(self.dtype).reshape(-1, len(images), *values.shape[1:])
+                finite = finite and all_finite(views)
+                for item, one in zip(items, views.transpose(0, 1), strict=True):
                     found[item.id, name] = one
-                self._offer(item.id, name, one)
-        if not all_finite(stacked):
-            raise PrototypeError(
-                "the features are too large for half precision; set maps.features to float32"
-            )
-        return list(stacked)
+                    self._offer(item.id, name, one)
+            if not finite:
+                raise PrototypeError(
+                    "the features are too large for half precision; set maps.features to float32"
+                )
+        return list(stacked), found
 
     def _offer(self, name: str, scale: float | str, stacked: Tensor) -> None:
         """Keep features at a scale, or of an early layer, if there is room."""

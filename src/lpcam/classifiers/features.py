@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Classifier
-from lpcam.classifiers.early_layers import SIDE, early_layers, tapped
+from lpcam.classifiers.early_layers import SIDE, Tap, early_layers
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.resize import scaled_size
 from lpcam.runtime.errors import ClassifierError, PrototypeError
@@ -26,7 +27,6 @@ class FeaturePair(NamedTuple):
 
     features: Tensor  #: (..., C, h, w)
     mirrored: Tensor | None  #: (..., C, h, w), or None without flip
-    attention: Tensor | None = None  #: (..., h * w, h * w) that spreads maps, or None
 
 
 def image_of(pair: FeaturePair, place: int = 0) -> FeaturePair:
@@ -86,13 +86,13 @@ def tapped_pyramid(
     if not layers:
         return pyramid(scales), []  # one at a time
     pairs, early, wanted = [], list[FeaturePair](), with_scale_one(scales)
-    with tapped(layered(source), layers) as tap:
+    with closing(Tap(layered(source), layers)) as tap:
         for scale, pair in zip(wanted, pyramid(wanted), strict=True):
             pairs.append(pair)
             if scale == 1.0:
                 count = len(pair.features)
                 views = [v.reshape(-1, count, *v.shape[1:]) for v in map(single, tap.take(size))]
-                early = [FeaturePair._make((*view, None, None)[:3]) for view in views]
+                early = [FeaturePair._make((*view, None)[:2]) for view in views]
     return pairs[: len(scales)], early
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import threading
 import unicodedata
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 
 from lpcam.data.images import IMAGE_SUFFIXES, USUAL, Reading, read_image, upright_size
 from lpcam.data.masks import read_index_mask
-from lpcam.runtime.errors import DataError, shortened
+from lpcam.runtime.errors import DataError, nearest_name, shortened
 
 BACKGROUND = 0  #: Mask value of the background.
 FEW_SKIPPED = 5  #: Images left out for one reason that are listed one by one.
@@ -42,13 +41,6 @@ def shows_nothing(name: str) -> Nothing | None:
     folded = re.sub(r"[\s_-]+", " ", name.casefold()).strip(" .<>[](){}#?!*'\"")
     kinds = get_args(Nothing)
     return next((k for k in kinds if any(re.fullmatch(form, folded) for form in NAMES[k])), None)
-
-
-def nearest_name(name: str, known: Iterable[str]) -> str:
-    """Error text that suggests the most similar known name; empty if none is similar."""
-    folded = {other.casefold(): other for other in known}
-    near = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return f" (did you mean {folded[near[0]]!r}?)" if near else ""
 
 
 def check_known(name: str, known: Sequence[str], where: str = "") -> None:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, nearest_name, shows_nothing
+from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, shows_nothing
 from lpcam.data.images import (
     FEW_LEVELS,
     Header,
@@ -36,7 +36,7 @@ from lpcam.data.images import (
 from lpcam.data.labels import normal_name, read_text
 from lpcam.data.reader import TrueMask
 from lpcam.data.survey import Finding, count_of
-from lpcam.runtime.errors import DataError, LpcamError, shortened
+from lpcam.runtime.errors import DataError, LpcamError, nearest_name, shortened
 from lpcam.runtime.files import digest_json
 from lpcam.runtime.parallel import ordered_map
 

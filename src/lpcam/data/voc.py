@@ -24,7 +24,6 @@ from lpcam.data.dataset import (
     check_known,
     check_unique,
     files_by_id,
-    nearest_name,
     safe_id,
     with_mask_folder,
     without_suffix,
@@ -32,7 +31,7 @@ from lpcam.data.dataset import (
 from lpcam.data.image_files import unnamed
 from lpcam.data.images import IMAGE_SUFFIXES
 from lpcam.data.reader import ListName, Opened, Reader, Request
-from lpcam.runtime.errors import DataError, shortened
+from lpcam.runtime.errors import DataError, nearest_name, shortened
 
 _NAMES = """aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike
 person pottedplant sheep sofa train tvmonitor"""

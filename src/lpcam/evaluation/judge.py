@@ -32,7 +32,6 @@ LEVELS = 6  #: Bins of each colour channel.
 STEP = 3  #: Every so many pixels each way are looked at, fewer in small images.
 RARE = 0.002  #: A mask of less than this share of the pixels, or of all but this, says nothing.
 PLATEAU = 0.95  #: Share of its maximum at which a curve counts as nearly at it.
-DEVIATION = 0.1  #: Of an image's threshold from that of its data set.
 FEATURES = 1 / 3
 """Power of the variance explained where maps are compared: 0 is misled by shading, 1 prefers the
 early layers' own maps, as it looks at their features."""
@@ -169,27 +168,16 @@ def verdict(found: Tensor) -> Verdict:
     known = bool((features != 1).any())
     top = float(both.max())
     return Verdict(
-        threshold=_last_of_plateau(both),
-        by_colours=_last_of_plateau(colours),
-        by_features=_last_of_plateau(features) if known else None,
+        threshold=last_of_plateau(both),
+        by_colours=last_of_plateau(colours),
+        by_features=last_of_plateau(features) if known else None,
         information=float((colours * features**FEATURES).max()),
         curve=tuple((both / top).tolist()) if top else (0.0,) * len(THRESHOLDS),
         images=len(found),
     )
 
 
-def around(found: Tensor, threshold: float) -> float:
-    """Threshold of one image near that of its data set, by the colours of :func:`curves` (2, T).
-
-    The image's colour information is weighted by a Gaussian around ``threshold``.
-    """
-    grid = torch.tensor(THRESHOLDS, dtype=torch.float64)
-    near = torch.exp(-((grid - threshold) ** 2) / (2 * DEVIATION**2))
-    curve = found[0] * near
-    return _last_of_plateau(curve) if bool(curve.max() > 0) else threshold
-
-
-def _last_of_plateau(curve: Tensor) -> float:
+def last_of_plateau(curve: Tensor) -> float:
     """The largest threshold at which a curve has `PLATEAU` of its maximum; 0.5 if it is zero."""
     if not bool(curve.max() > 0):
         return 0.5

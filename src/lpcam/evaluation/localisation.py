@@ -1,16 +1,14 @@
-"""Localisation metrics of class maps: boxes, peaks and pixels.
+"""Localisation metrics of class maps: boxes and pixels.
 
 ``update`` counts one pair of a class map (H, W) in [0, 1] and its truth, ``compute`` returns
 fractions. The truth is int64 (H, W) of :func:`class_truth`, of which void pixels do not count.
 
-Sources: Choe et al., Evaluating Weakly Supervised Object Localization Methods Right (CVPR 2020).
-Zhang et al., Top-Down Neural Attention by Excitation Backprop (IJCV 2018): the pointing game.
+Source: Choe et al., Evaluating Weakly Supervised Object Localization Methods Right (CVPR 2020).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -25,7 +23,6 @@ from lpcam.runtime.errors import DataError
 MAP_THRESHOLDS = tuple(step / 100 for step in range(100))  #: For boxes; Choe et al. use 1000.
 PIXEL_THRESHOLDS = tuple(step / 1000 for step in range(1001))  #: For pixels.
 IOU_THRESHOLDS = (0.3, 0.5, 0.7)  #: IoU thresholds of MaxBoxAccV2.
-TOLERANCE = 15.0  #: Tolerance of the pointing game, in pixels.
 ROUNDING = 1e-5  #: Resized maps may leave [0, 1] by this much; they are clipped.
 
 
@@ -51,28 +48,18 @@ def truth_boxes(truth: Tensor) -> Tensor:
     return torch.from_numpy(component_boxes(truth == 1))
 
 
-@dataclass(frozen=True)
-class BoxScores:
-    """Fractions of pairs, each at its best threshold of the maps."""
-
-    max_box_acc: dict[float, float]  #: Fraction of correct pairs by IoU threshold.
-    max_box_acc_v2: float  #: Its mean if the box of any component counts.
-    pairs: int
-
-
 class BoxAccuracy:
-    """MaxBoxAcc and MaxBoxAccV2 (Choe et al. 2020, the latter in their extended article).
+    """MaxBoxAccV2 (the extended article of Choe et al. 2020).
 
-    A pair is correct at the IoU threshold d for MaxBoxAcc if the box of the largest component of
-    map >= t has an IoU >= d with any box of the truth; for MaxBoxAccV2 if that of any component
-    has. Both are the maximum over t of the fraction of correct pairs; MaxBoxAccV2 is averaged over
-    d. Void pixels stay in the maps.
+    A pair is correct at the IoU threshold d if the box of any component of map >= t has an IoU >= d
+    with any box of the truth. The score is the maximum over t of the fraction of correct pairs,
+    averaged over d. Void pixels stay in the maps.
 
     Example:
         >>> metric = BoxAccuracy([0.5], [0.5])
         >>> metric.update(torch.tensor([[0.9, 0.8, 0.0]]), torch.tensor([[0, 0, 3, 1]]))
-        >>> metric.compute().max_box_acc
-        {0.5: 1.0}
+        >>> metric.compute()
+        1.0
     """
 
     def __init__(
@@ -82,9 +69,8 @@ class BoxAccuracy:
     ) -> None:
         self.thresholds = _grid(thresholds)
         self.iou_thresholds = tuple(iou_thresholds)
-        shape = (2, len(self.thresholds), len(self.iou_thresholds))
-        self.hits = torch.zeros(shape, dtype=torch.int64)
-        """(2, T, D) correct pairs for MaxBoxAcc and for MaxBoxAccV2"""
+        shape = (len(self.thresholds), len(self.iou_thresholds))
+        self.hits = torch.zeros(shape, dtype=torch.int64)  #: (T, D) correct pairs
         self.pairs = 0
 
     def update(self, values: Tensor, truth: Tensor) -> None:
@@ -96,7 +82,7 @@ class BoxAccuracy:
                 "and y0 < y1: skip classes that the truth does not show"
             )
         plane = _checked(values).cpu().numpy()
-        ious = torch.zeros(2, len(self.thresholds), 1, dtype=torch.float64)
+        ious = torch.zeros(len(self.thresholds), 1, dtype=torch.float64)
         left, top = 0, 0
         for row, threshold in enumerate(self.thresholds):
             # The foreground only shrinks as the threshold increases: continue in its box.
@@ -108,71 +94,15 @@ class BoxAccuracy:
             plane, top, left = plane[place], top + int(rows[0]), left + int(columns[0])
             corner = np.array([left, top, left, top])
             found = torch.from_numpy(component_boxes(inside[place]) + corner)
-            best = box_iou(found.double(), truth.cpu().double()).amax(1)
-            ious[0, row], ious[1, row] = best[0], best.max()
+            ious[row] = box_iou(found.double(), truth.cpu().double()).max()
         self.hits += ious >= torch.tensor(self.iou_thresholds, dtype=torch.float64)
         self.pairs += 1
 
-    def compute(self) -> BoxScores:
-        """The scores of all pairs so far; DataError if there was none."""
+    def compute(self) -> float:
+        """MaxBoxAccV2 of all pairs so far, a fraction; DataError if there was none."""
         if not self.pairs:
             raise DataError("no pair of map and boxes was counted; call update first")
-        largest, every = (self.hits.amax(1).double() / self.pairs).tolist()
-        by_iou = dict(zip(self.iou_thresholds, largest, strict=True))
-        return BoxScores(by_iou, sum(every) / len(every), self.pairs)
-
-
-@dataclass(frozen=True)
-class PointingScores:
-    """Fractions of hits, means over the classes that have pairs."""
-
-    tolerant: float  #: Fraction of hits within ``tolerance`` pixels.
-    exact: float  #: Fraction of hits on the object itself.
-    pairs: int
-
-
-class PointingGame:
-    """The pointing game (Zhang et al. 2018): is the map's highest pixel on the object?
-
-    A hit is at most ``tolerance`` pixels from the class, an exact hit on it; the first of equal
-    pixels in reading order counts, a constant map is a miss. The score is the mean over classes.
-
-    Example:
-        >>> game = PointingGame(1, tolerance=1)
-        >>> game.update(torch.tensor([[0.1, 0.9, 0.2]]), torch.tensor([[1, 0, 0]]), 0)
-        >>> game.compute().tolerant, game.compute().exact
-        (1.0, 0.0)
-    """
-
-    def __init__(self, num_classes: int, tolerance: float = TOLERANCE) -> None:
-        self.tolerance = tolerance
-        self.counts = torch.zeros(num_classes, 3, dtype=torch.int64)
-        """(N, 3) pairs, hits within the tolerance, exact hits"""
-
-    def update(self, values: Tensor, truth: Tensor, index: int) -> None:
-        """Count a map and the truth of a 0-based class; DataError if that is not shown."""
-        plane = _checked(values)
-        counted = _fits(plane, truth)
-        on = (truth == 1).nonzero()
-        if not len(on):
-            raise DataError("the truth does not show the class; skip the pair")
-        shown = plane[counted]
-        self.counts[index, 0] += 1
-        if shown.min() == shown.max():
-            return
-        # argmax of a tensor gives any of equal pixels
-        peak = ((plane == shown.max()) & counted).nonzero()[0]
-        away = int((on - peak).square().sum(1).min())
-        self.counts[index, 1] += away <= self.tolerance**2
-        self.counts[index, 2] += away == 0
-
-    def compute(self) -> PointingScores:
-        """The scores of all pairs so far; DataError if there was none."""
-        rows = [row for row in self.counts.tolist() if row[0]]
-        if not rows:
-            raise DataError("no pair of map and truth was counted; call update first")
-        tolerant, exact = (sum(row[n] / row[0] for row in rows) / len(rows) for n in (1, 2))
-        return PointingScores(tolerant, exact, sum(row[0] for row in rows))
+        return float((self.hits.amax(0).double() / self.pairs).mean())
 
 
 class PixelAveragePrecision:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lpcam.classifiers.classifier import PRETRAINED, Classifier, Preprocessing, timm_classifier
 from lpcam.classifiers.engines import Precision
 from lpcam.classifiers.feature_store import PRECISIONS, image_pyramid
-from lpcam.classifiers.features import FeaturePair, image_of, single, tapped_pyramid
+from lpcam.classifiers.features import FeaturePair, image_of, single, tapped_pyramid, tensor_pyramid
 from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.data.images import (
     USUAL,
@@ -41,10 +41,8 @@ from lpcam.method.image_maps import MOST_MASK_VALUES, ImageMaps, Scoring, class_
 from lpcam.method.multi_scale import discriminative_map
 from lpcam.method.prototypes import Prototypes
 from lpcam.method.settings import LpcamSettings
-from lpcam.method.vit import attended_pyramid
 from lpcam.runtime.errors import (
     ArtefactError,
-    ClassifierError,
     DataError,
     ImageError,
     PrototypeError,
@@ -112,9 +110,7 @@ class Explainer:
         reading: Reading = USUAL,
         made_by: Mapping[str, Any] | None = None,
     ) -> None:
-        self.attention_blocks = 0
         if isinstance(model, LPCAM):
-            self.attention_blocks = model.attention_blocks
             prototypes = prototypes or model.prototypes_
             settings = settings or model.settings_
             foreground_only = foreground_only or not model.with_context
@@ -132,8 +128,6 @@ class Explainer:
         self.classifier = folded(source) if isinstance(source, Classifier) else source
         if isinstance(source, Classifier):
             preprocessing = source.preprocessing
-            if self.attention_blocks:
-                raise ClassifierError("attention_blocks needs the bare model, not a Classifier")
         self.preprocessing = preprocessing or Preprocessing.of_timm(source.core)
         # A wrapped model is read by hooks, which two threads would share.
         self._lock = threading.Lock() if isinstance(source, WrappedModel) else nullcontext()
@@ -160,7 +154,6 @@ class Explainer:
             "fingerprint": prototypes.fingerprint,
             **_described(self.settings),
             "method": "LPCAM-E" if early else "LPCAM-F" if foreground_only else "LPCAM",
-            "attention_blocks": self.attention_blocks,
             "maximum_side": maximum_side,
             "precision": precision,
             "scoring": self.scoring,
@@ -336,8 +329,8 @@ class Explainer:
         if isinstance(source, Classifier):
             pyramid = partial(image_pyramid, source, image[None], flip=flip, precision=precision)
         else:
-            images, blocks = self._input(image), self.attention_blocks
-            pyramid = partial(attended_pyramid, source, images, flip=flip, blocks=blocks)
+            images = self._input(image)
+            pyramid = partial(tensor_pyramid, source, images, flip=flip)
             size = images.shape[-2:]
         layers = self.early.layers if early and self.early is not None else ()
         pairs, found = tapped_pyramid(source, pyramid, scales, layers, (size[0], size[1]))

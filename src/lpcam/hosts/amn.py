@@ -197,7 +197,7 @@ def _lpcam_maps(
     """LPCAM (equations 5 and 6) of vectors (K, C), each plane divided by its maximum."""
     maps = [
         lpcam_of_pair(features[0], None if mirrored is None else mirrored[0], vectors)
-        for features, mirrored, _ in pairs
+        for features, mirrored in pairs
     ]
 
     def planes(target: tuple[int, int]) -> Tensor:

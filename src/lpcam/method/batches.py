@@ -15,8 +15,13 @@ from torch import Tensor
 from lpcam.classifiers.features import full_precision, tensor_pyramid
 from lpcam.classifiers.linear import ProbeSettings, fit_head
 from lpcam.classifiers.wrapped import WrappedModel
-from lpcam.data.dataset import nearest_name
-from lpcam.runtime.errors import BatchError, ClassifierError, PrototypeError, shortened
+from lpcam.runtime.errors import (
+    BatchError,
+    ClassifierError,
+    PrototypeError,
+    nearest_name,
+    shortened,
+)
 
 Batches = Iterable[Any]
 """A loader: an iterable of batches as :data:`BATCH` says."""

@@ -143,7 +143,7 @@ class EarlyPrototypes:
         ``layers`` are the features (C, h, w) of one image and of its mirror image in each layer.
         """
         rows, found = list(classes), []
-        for (features, mirrored, _), mean, foreground, context in zip(
+        for (features, mirrored), mean, foreground, context in zip(
             layers, self.means, self.foreground, self.context, strict=True
         ):
             views = [features] if mirrored is None else [features, mirrored]
@@ -290,24 +290,16 @@ def fit_early(
                 rows.setdefault(place, []).append(values)
         clustered = _cluster(rows, settings, seed + number, workers)
         shape = len(classes), settings.clusters
-        sides = []
-        for side in range(len(SIDES)):
-            own = []
-            for layer, mean in enumerate(means):
-                centers = torch.zeros(*shape, len(mean))
-                for index in range(len(classes)):
-                    if (index, side, layer) in clustered:
-                        part = clustered[index, side, layer]
-                        centers[index, : len(part)] = part
-                own.append(centers)
-            sides.append(tuple(own))
+        centers = [[torch.zeros(*shape, len(mean)) for mean in means] for _ in SIDES]
+        for (index, side, layer), part in clustered.items():
+            centers[side][layer][index, : len(part)] = part
         rounds.append(
             EarlyPrototypes(
                 tuple(classes),
                 tuple(layers),
                 means,
-                foreground=sides[0],
-                context=sides[1],
+                foreground=tuple(centers[0]),
+                context=tuple(centers[1]),
                 nearest=settings.nearest,
                 base=base,
                 fingerprint=fingerprint,

@@ -8,11 +8,9 @@ from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, overload
+from typing import Any, Literal, Self, overload
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import Classifier
@@ -33,7 +31,6 @@ from lpcam.classifiers.wrapped import Head, TargetLayer, WrappedModel, wrap
 from lpcam.method.batches import (
     Batches,
     check_readable_twice,
-    class_indices,
     read_all,
     read_batches,
     read_images,
@@ -42,17 +39,13 @@ from lpcam.method.batches import (
 )
 from lpcam.method.early import Base, EarlyPrototypes, early_images, fit_early
 from lpcam.method.functional import cam_of_pair, fuse_scales, lpcam_of_pair, zeros_on_demand
-from lpcam.method.multi_scale import OfPair, maps_of, present_maps, single_scale_cam
+from lpcam.method.multi_scale import OfPair, present_maps, single_scale_cam
 from lpcam.method.negatives import compare_loaders
 from lpcam.method.prototypes import Prototypes, make_prototypes
 from lpcam.method.reservoir import RandomState, Reservoir, collect, drawn_seed
 from lpcam.method.settings import EarlySettings, LpcamSettings
-from lpcam.method.vit import PositionFree, attended_pyramid
 from lpcam.runtime.errors import BatchError, ClassifierError, NotFittedError, PrototypeError
 from lpcam.runtime.files import read_tensors
-
-if TYPE_CHECKING:
-    from lpcam.method.image_maps import ImageMaps
 
 PresentMaps = list[tuple[Tensor, Tensor]]
 """For each image the indices (K,) of its K classes, in increasing order, and maps (K, H, W)."""
@@ -73,8 +66,6 @@ class CAM:
         settings: an :class:`LpcamSettings` or the name of a preset; None: ``voc12.official``, at
             scale 1 only if the model takes a fixed size of image.
         classes, target_layer, head, pool, example: as for :func:`wrap`.
-        attention_blocks: number of last transformer blocks whose attention spreads the maps.
-        remove_position_bias: subtract the mean response of the map's places to noise images.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -92,8 +83,6 @@ class CAM:
     head: Head | None = None
     pool: Pool | None = None
     example: Tensor | tuple[int, int] | None = None
-    attention_blocks: int = 0
-    remove_position_bias: bool = False
 
     _model_options = ("classes", "target_layer", "head", "pool", "example")
 
@@ -130,7 +119,7 @@ class CAM:
             raise ValueError(f"no parameter {unknown[0]!r}; there are {', '.join(known)}")
         for name, value in parameters.items():
             setattr(self, name, value)
-        if parameters.keys() & {"model", "remove_position_bias", EARLY, *self._model_options}:
+        if parameters.keys() & {"model", EARLY, *self._model_options}:
             self._reset()
         return self
 
@@ -156,16 +145,13 @@ class CAM:
         options = {name: getattr(self, name) for name in self._model_options}
         if not isinstance(self.model, (Classifier, WrappedModel)):
             options["classes"] = classes if self.classes is None else self.classes
-            return self._of_options(wrap(self.model, **options))
+            return wrap(self.model, **options)
         if given := [name for name, value in options.items() if value is not None]:
             raise ClassifierError(
                 f"{', '.join(given)} cannot be given beside a {type(self.model).__name__}, which "
                 "has its own; leave it out, or give the bare model"
             )
-        return self._of_options(self.model)
-
-    def _of_options(self, source: Source) -> Source:
-        return PositionFree.of(source) if self.remove_position_bias else source
+        return self.model
 
     @overload
     def __call__(
@@ -206,7 +192,7 @@ class CAM:
             of_pair, rows, epsilon = self._rule(None if chosen is None else set().union(*chosen))
             pairs, early = self._pairs(images)
             if chosen is None and self.early_ is None:
-                fused = [maps_of(of_pair, pair, rows) for pair in pairs]
+                fused = [of_pair(*pair, rows) for pair in pairs]
                 return fuse_scales(fused, size, epsilon=epsilon).high_res.to(images.device)
             chosen = [list(range(count))] * len(images) if chosen is None else chosen
             found = present_maps(of_pair, pairs, rows, chosen, size, epsilon=epsilon)
@@ -227,10 +213,9 @@ class CAM:
         self, images: Tensor, layers: Sequence[str] = ()
     ) -> tuple[Iterable[FeaturePair], list[FeaturePair]]:
         """Features at each scale, and of early layers (those fitted, or these) at scale 1."""
-        source, own, blocks = self.source_, self.settings_, self.attention_blocks
+        source, own = self.source_, self.settings_
         layers = layers if self.early_ is None else self.early_.layers
-        given = source, images.to(source.device)
-        pyramid = partial(attended_pyramid, *given, flip=own.flip, blocks=blocks)
+        pyramid = partial(tensor_pyramid, source, images.to(source.device), flip=own.flip)
         return tapped_pyramid(source, pyramid, own.scales, layers, _size(images))
 
     def _rule(self, classes: Collection[int] | None) -> tuple[OfPair, Tensor, float]:
@@ -247,7 +232,6 @@ class LPCAM(CAM):
 
     Args:
         model, settings, classes, target_layer, head, pool, example: as for :class:`CAM`.
-        attention_blocks, remove_position_bias: as for :class:`CAM`.
         random_state: random seed of the reservoir and the clustering: an integer, or a NumPy
             RandomState or Generator that each fit draws one from; None: another one at each fit.
         dtype: precision in which local features are kept; the largest float16 is 65504.
@@ -494,51 +478,6 @@ class LPCAM(CAM):
     def _vectors(self, classes: Collection[int] | None = None) -> Tensor:
         vectors = self.prototypes_.vectors(with_context=self.with_context, classes=classes)
         return vectors.to(single(self.source_.weight))
-
-    @torch.no_grad()
-    def image_maps(
-        self,
-        image: Tensor,
-        picture: NDArray[np.uint8],
-        classes: Sequence[str] | None = None,
-        *,
-        scoring: Literal["sigmoid", "softmax"] = "sigmoid",
-        name: str = "image",
-    ) -> ImageMaps:
-        """CAM and LPCAM of one image as :class:`ImageMaps`, to draw and save.
-
-        Args:
-            image: (c, H, W), normalised as the model expects.
-            picture: (H', W', 3) uint8 RGB of the same image, at any size; maps are drawn over it.
-            classes: names of at most 254 classes to map; None: the class with the highest score.
-            scoring: "softmax" if exactly one class is present.
-            name: of the image, for file names.
-        """
-        from lpcam.method import image_maps as drawn  # noqa: PLC0415 - imports what draws
-
-        vectors, source, settings = self._vectors(), self.source_, self.settings_
-        images = image[None].to(source.device)
-        with full_precision(source.device):
-            logits = source(images) if isinstance(source, Classifier) else source.logits(images)
-            scores = drawn.class_scores(logits[0], scoring)
-            best = drawn.descending(scores)[:1]
-            pairs, early = self._pairs(images)
-            return drawn.ImageMaps.of_features(
-                list(pairs),
-                _size(images),
-                best if classes is None else class_indices(source.classes, classes),
-                single(source.weight),
-                vectors,
-                source.classes,
-                scores,
-                settings,
-                early=self.early_,
-                layers=[image_of(pair) for pair in early],
-                parts=self.prototypes_.parts(),
-                image=picture,
-                name=name,
-                made_by={"fingerprint": source.fingerprint(), "preset": settings.preset},
-            )
 
     def save(self, path: str | Path, *, reservoir: bool = False) -> None:
         """Write prototypes, class names, and the head if ``fit`` made one, to a safetensors file.

@@ -14,7 +14,6 @@ from lpcam.classifiers.wrapped import WrappedModel
 from lpcam.method.early import EarlyPrototypes, fuse
 from lpcam.method.extractors import LPCAM
 from lpcam.method.functional import GRID, NORM_EPSILON, strided
-from lpcam.runtime.errors import ClassifierError
 
 Normalize = Literal["max"]
 
@@ -70,11 +69,6 @@ class LPCAMHead(nn.Module):
     def from_lpcam(cls, lpcam: LPCAM, *, normalize: Normalize | None = "max") -> Self:
         """The head of a fitted LPCAM; PrototypeError if its weights changed since ``fit``."""
         prototypes, source = lpcam.prototypes_, lpcam.source_
-        if lpcam.attention_blocks or lpcam.remove_position_bias:
-            raise ClassifierError(
-                "a layer or file has no attention_blocks and no remove_position_bias; fit an LPCAM "
-                "without them"
-            )
         vectors = prototypes.vectors(with_context=lpcam.with_context).to(source.weight)
         dtype = source.dtype if isinstance(source, WrappedModel) else source.weight.dtype
         bias = source.bias if isinstance(source, WrappedModel) else source.head.bias

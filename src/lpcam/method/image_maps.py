@@ -178,9 +178,8 @@ class ImageMaps:
     def part_mask(self, name: str) -> NDArray[np.uint8]:
         """Parts in the mask of a class, uint8 (H, W): 1, 2, ... in the order of its names."""
         _, nearest = self.parts[name]
-        width_height = self.size[::-1]
-        placed = Image.fromarray(nearest + 1).resize(width_height, Image.Resampling.NEAREST)
-        return np.where(self.mask() == self.mask_ids[self._place(name)], np.array(placed), 0)
+        placed = resize_mask(nearest + 1, self.size)
+        return np.where(self.mask() == self.mask_ids[self._place(name)], placed, 0)
 
     def found(self) -> dict[str, Any]:
         """Classes, scores, areas and boxes of the LPCAM mask, and provenance, as JSON.
@@ -220,8 +219,7 @@ class ImageMaps:
         if long_side is not None and max(size) > long_side:
             size = scaled_size(*size, long_side / max(size))
             image = resize_image(image, size)
-            # nearest pixel: mask values cannot be averaged
-            mask = np.array(Image.fromarray(mask).resize(size[::-1], Image.Resampling.NEAREST))
+            mask = resize_mask(mask, size)
         if not self.classes:
             nothing = np.zeros(size, np.float32)
             return [SheetRow(image, "no class", nothing, nothing, mask, None)]
@@ -355,6 +353,12 @@ def resize_maps(
         return maps
     how: dict[str, Any] = {"mode": "bilinear", "align_corners": False, "antialias": antialias}
     return np.asarray(F.interpolate(torch.from_numpy(maps)[None], size, **how)[0])
+
+
+def resize_mask(mask: NDArray[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """A mask of values below 256 at another size (height, width), to the nearest pixel."""
+    image = Image.fromarray(mask.astype(np.uint8))
+    return np.array(image.resize(size[::-1], Image.Resampling.NEAREST))
 
 
 def file_parts(classes: Sequence[str]) -> list[str]:

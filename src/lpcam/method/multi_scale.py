@@ -22,24 +22,17 @@ from lpcam.method.functional import (
     unflip,
     unit,
 )
-from lpcam.method.vit import spread_by_attention
 
 NEAREST = 8  #: Prototypes of a class whose cosines :func:`discriminative_map` averages.
 OfPair = Callable[[Tensor, Tensor | None, Tensor], Tensor]
 """``cam_of_pair`` or ``lpcam_of_pair``: maps of one scale from features and the rows of classes."""
 
 
-def maps_of(of_pair: OfPair, pair: FeaturePair, rows: Tensor) -> Tensor:
-    """Maps (..., N, h, w) of one scale, spread by the attention of the pair if it has one."""
-    maps = of_pair(pair.features, pair.mirrored, rows)
-    return maps if pair.attention is None else spread_by_attention(maps, pair.attention)
-
-
 def cam_maps(
     pairs: Iterable[FeaturePair], weight: Tensor, size: tuple[int, int], *, epsilon: float
 ) -> FusedMaps:
     """CAM of equation 1 with rows (N, C) over scales and flip, for an image of a size (H, W)."""
-    maps = [maps_of(cam_of_pair, pair, weight) for pair in pairs]
+    maps = [cam_of_pair(*pair, weight) for pair in pairs]
     return fuse_scales(maps, size, epsilon=epsilon)
 
 
@@ -51,7 +44,7 @@ def lpcam_maps(
 ) -> FusedMaps:
     """As :func:`cam_maps`, LPCAM of equations 5 and 6 with rows of ``Prototypes.vectors``."""
     of_pair = lpcam_of_pair if similarity == "cosine" else affine_of_pair
-    return fuse_scales([maps_of(of_pair, pair, vectors) for pair in pairs], size)
+    return fuse_scales([of_pair(*pair, vectors) for pair in pairs], size)
 
 
 def present_maps(
@@ -69,7 +62,7 @@ def present_maps(
     for pair in pairs:
         for place, of_image in enumerate(chosen):
             if len(of_image):
-                scales[place].append(maps_of(of_pair, image_of(pair, place), of_image))
+                scales[place].append(of_pair(*image_of(pair, place), of_image))
     return [
         fuse_scales(maps, size, epsilon=epsilon).high_res if maps else rows.new_zeros(0, *size)
         for maps in scales
@@ -99,7 +92,7 @@ def discriminative_map(
     # A class without prototypes has zeros, which are nearest to nothing.
     rows = [unit(each if len(each) else each.new_zeros(1, each.shape[1]), 1) for each in prototypes]
     found = []
-    for features, mirrored, _ in pairs:
+    for features, mirrored in pairs:
         cams = class_activation(features, weight.to(features))
         if mirrored is not None:
             cams = cams + unflip(class_activation(mirrored, weight.to(features)))

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from lpcam.data.dataset import Dataset, Item
 from lpcam.data.images import limit_long_side
@@ -19,7 +18,7 @@ from lpcam.data.masks import read_index_mask
 from lpcam.data.resize import scaled_size
 from lpcam.evaluation.segmentation import ThresholdSweep, truth_labels
 from lpcam.explain.web import encode_array, encode_picture, encode_unit
-from lpcam.method.image_maps import resize_maps
+from lpcam.method.image_maps import resize_maps, resize_mask
 from lpcam.method.settings import Method
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.progress import progress
@@ -84,7 +83,7 @@ def image_records(
         masks, extra, ious, scores = {}, {}, {}, {}
         if item.mask is not None:
             truth = truth_labels(item.read_mask(), classes)
-            masks["truth"] = encode_array(nearest(truth.numpy(), size))
+            masks["truth"] = encode_array(resize_mask(truth.numpy(), size))
             for method, one in maps.items():
                 sweep = ThresholdSweep(len(classes))
                 sweep.update(truth, torch.from_numpy(one.high_res), torch.from_numpy(one.keys))
@@ -93,7 +92,7 @@ def image_records(
                 scores[method] = sources.scores[method].get(item.id)
         for name, folder in sources.masks.items():
             mask = truth_labels(read_index_mask(folder / f"{item.id}.png"), classes)
-            masks[name] = encode_array(nearest(mask.numpy(), size))
+            masks[name] = encode_array(resize_mask(mask.numpy(), size))
         for name, folder in sources.planes.items():
             plane = read_index_mask(folder / f"{item.id}.png").astype(np.float32) / np.float32(255)
             extra[name] = encode_unit(small_planes(plane[None])[0])
@@ -132,9 +131,3 @@ def small_planes(planes: NDArray[np.float32]) -> NDArray[np.float32]:
     height, width = planes.shape[1:]
     size = scaled_size(height, width, min(1.0, _PLANE / max(height, width)))
     return resize_maps(planes, size, antialias=True)
-
-
-def nearest(mask: NDArray[Any], size: tuple[int, int]) -> NDArray[np.uint8]:
-    """A mask of values below 256 at another size (height, width), to the nearest pixel."""
-    small = Image.fromarray(mask.astype(np.uint8))
-    return np.asarray(small.resize(size[::-1], Image.Resampling.NEAREST))

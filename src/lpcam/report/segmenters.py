@@ -16,7 +16,8 @@ from lpcam.data.images import limit_long_side
 from lpcam.data.masks import read_index_mask
 from lpcam.evaluation.segmentation import confusion, truth_labels
 from lpcam.explain.web import encode_picture
-from lpcam.report.images import choose, highlights, nearest, run_all, thumbnail_record
+from lpcam.method.image_maps import resize_mask
+from lpcam.report.images import choose, highlights, run_all, thumbnail_record
 from lpcam.runtime.distributed import Sharing
 
 PICTURE = 176  #: Long side of a picture, in pixels.
@@ -130,7 +131,7 @@ def _record(
 
     def view(mask: NDArray[np.uint8]) -> dict[str, Any]:
         known = np.isin(mask, [BACKGROUND, *classes.mask_ids])
-        values = nearest(np.where(known, mask, IGNORE), picture.shape[:2])
+        values = resize_mask(np.where(known, mask, IGNORE), picture.shape[:2])
         return {
             "picture": encode_picture(overlay_mask(picture, values)),
             # from the whole mask: an object may be too small for the picture

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -47,6 +48,13 @@ def shortened(entries: Sequence[str], most: int = 5) -> str:
     """The first of some entries, and the number of the others, for a message."""
     more = f" and {len(entries) - most} more" if len(entries) > most else ""
     return ", ".join(entries[:most]) + more
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str:
+    """Error text that suggests the most similar known name; empty if none is similar."""
+    folded = {other.casefold(): other for other in known}
+    near = difflib.get_close_matches(name.casefold(), folded, n=1)
+    return f" (did you mean {folded[near[0]]!r}?)" if near else ""
 
 
 def import_extra(module: str, extra: str, need: str) -> Any:
