@@ -24,7 +24,7 @@ from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.settings import Positive
 from lpcam.training import loop as engine
 from lpcam.training.loop import History
-from lpcam.training.optim import SgdSettings, sgd
+from lpcam.training.optim import SgdSettings, parameter_groups
 
 
 class PairSettings(SgdSettings):
@@ -125,7 +125,7 @@ def _sample(
 
 def train_on_pairs(
     module: nn.Module,
-    groups: Sequence[dict[str, Any]],
+    values: Callable[[str, nn.Parameter], tuple[float, float]],
     read: Read,
     augment: Augment,
     loss: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
@@ -139,24 +139,20 @@ def train_on_pairs(
 ) -> History:
     """Train a module in place on pairs of cells; a stopped training resumes from its checkpoints.
 
-    ``read`` and ``augment`` make the samples and are picklable. ``loss`` takes the module, images,
+    ``values`` are the learning rate and weight decay of a parameter. ``read`` and ``augment`` make
+    the samples and are picklable. ``loss`` takes the module, images,
     labels and the number of pairs of each kind in the batch. Others as `lpcam.training.loop.run`.
     """
-    device = next(module.parameters()).device
     processes = processes or Processes()
-    model = processes.replicate(module)
 
-    def batch_loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = (part.to(device) for part in batch)
-        module.train()
-        counts = pair_counts(labels, settings.radius)
-        if processes.count > 1:
-            counts = processes.sum(counts.cpu()).to(device)
+    def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        counts = processes.sum(pair_counts(labels, settings.radius)).to(labels.device)
         return loss(model, images, labels, counts)
 
     return engine.run(
         module,
-        sgd(groups, settings),
+        torch.optim.SGD(parameter_groups(module, values), momentum=settings.momentum),
         partial(_sample, read, augment, labelled, seed),
         len(labelled),
         batch_loss,

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 from lpcam.classifiers import classifier as models
 from lpcam.data.dataset import BACKGROUND, IGNORE, Item
 from lpcam.data.images import limit_long_side
-from lpcam.data.map_files import map_path
+from lpcam.data.map_files import map_path, write_arrays
 from lpcam.method.functional import strided
 from lpcam.refine import base
 from lpcam.refine import walk as stencil
@@ -40,11 +40,11 @@ from lpcam.refine.pair_network import (
     train_on_pairs,
 )
 from lpcam.runtime.errors import ArtefactError, ClassifierError
-from lpcam.runtime.files import read_bytes, write_bytes
+from lpcam.runtime.files import read_bytes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
 from lpcam.training.loop import History
-from lpcam.training.optim import FrozenStatistics, freeze, names_below, parameter_groups
+from lpcam.training.optim import FrozenStatistics, freeze, names_below
 from lpcam.training.released import WIDERESNET38, Released
 from lpcam.training.saved_network import SavedNetwork, shallow_copy
 
@@ -87,9 +87,7 @@ HEADS = ("reductions.", "last.")
 def write_scores(path: Path, scores: Tensor) -> None:
     """Write scores (2, K + 1, H, W) in [0, 1], of the low and the high alpha, as uint8 in npz."""
     low, high = (scores * 255).round().to(torch.uint8).cpu().numpy()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, low=low, high=high)
-    write_bytes(path, buffer.getvalue())
+    write_arrays(path, {"low": low, "high": high})
 
 
 def read_scores(path: Path) -> NDArray[np.uint8]:
@@ -356,13 +354,19 @@ class _PsaRefinement(base.LearnedRefinement):
         settings = section.settings
         freeze(network.backbone, settings.freeze, norms=True)
 
+        def values(name: str, _: nn.Parameter) -> tuple[float, float]:
+            rate = settings.learning_rate
+            rate *= settings.head_multiplier if name.startswith(HEADS) else 1.0
+            if name.endswith("bias"):
+                return rate * settings.bias_multiplier, 0.0
+            return rate, settings.weight_decay
+
         def loss(model: nn.Module, images: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
             return psa_loss(model(images), labels, settings.radius, counts)
 
-        groups = parameter_groups(network, HEADS, settings)
         change = partial(augment, network.preprocessing, settings)
         return train_on_pairs(
-            network, groups, _read, change, loss, labelled, settings, title=self.title, **options
+            network, values, _read, change, loss, labelled, settings, title=self.title, **options
         )
 
     def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:

@@ -147,7 +147,7 @@ class SegmentSection(WeightsSection):
     upper bound. Null: all maps that are refined."""
     training: SegmenterSettings = SegmenterSettings.from_preset("deeplabv2.voc12.official")
     test: SegmentTestSettings = SegmentTestSettings.from_preset("deeplabv2.official")
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's passes in training; weights and loss are in float32."""
     validations: Annotated[int, Field(ge=0)] = 5
     """Number of mIoU measurements during training, on the test list if it has masks, at scale 1

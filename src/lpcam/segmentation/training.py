@@ -25,7 +25,7 @@ from lpcam.segmentation.settings import SegmenterSettings, SegmentTestSettings
 from lpcam.training import loop as engine
 from lpcam.training.optim import names_below, poly
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16"]
 RECORDS = 100  #: Number of history records in a whole training.
 CHECKPOINTS = 40  #: Number of checkpoints in a whole training, besides those at the records.
 BETA2 = 0.999  #: Second beta of AdamW (section 3).
@@ -115,7 +115,7 @@ def train_segmenter(
         ArtefactError: if a checkpoint is damaged or of another network.
     """
     processes = options.get("processes") or Processes()
-    device, network = segmenter.device, segmenter.network
+    network = segmenter.network
     check_batch(segmenter, settings, len(pairs), processes)
     if processes.count > 1 and _trains_batch_norms(network):
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
@@ -129,15 +129,11 @@ def train_segmenter(
     times = 0 if validation is None else validation.times
     plan = plan_of(settings, len(pairs), times)
     due = validation_steps(plan, times)
-    model = processes.replicate(_Outputs(network))
     about = segmenter.classes, segmenter.preprocessing
-    dtype = getattr(torch, precision)
-    scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
 
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = (part.to(device) for part in batch)
-        segmenter.train()
-        with torch.autocast(device.type, dtype, enabled=precision != "float32"):
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             outputs = model(images)
         kind, meet = settings.loss, settings.labels
         return segmentation_loss(outputs, labels, kind=kind, meet=meet, total=processes.sum)
@@ -162,7 +158,7 @@ def train_segmenter(
         plan,
         label="training a segmenter",
         section="segment.training",
-        scaler=scaler,
+        outputs=_Outputs(network),
         at_record=at_record,
         **options,
     )
