@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from lpcam.runtime.files import read_tensors
 from lpcam.segmentation import inference as predict
 from lpcam.segmentation.augmentation import make_sample
 from lpcam.segmentation.losses import segmentation_loss
+from lpcam.segmentation.networks.base import Network
 from lpcam.segmentation.segmenter import Segmenter
 from lpcam.segmentation.settings import SegmenterSettings, SegmentTestSettings
 from lpcam.training import loop as engine
@@ -151,7 +152,7 @@ def train_segmenter(
 
     history = engine.run(
         network,
-        optimizer_of(segmenter.trained.parameter_groups(), settings),
+        optimizer_of(cast(Network, network).parameter_groups(), settings),
         lambda place: make_sample(pairs, *about, settings, options["seed"], place),
         len(pairs),
         loss,
