@@ -33,10 +33,9 @@ from lpcam.refine import base
 from lpcam.refine import walk as stencil
 from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
 from lpcam.refine.pair_network import (
+    BackboneMaps,
     PairSettings,
-    feature_levels,
     pad_sides,
-    side_multiple,
     train_on_pairs,
 )
 from lpcam.runtime.errors import ArtefactError, ClassifierError
@@ -123,18 +122,14 @@ def label_pairs(low: Tensor, high: Tensor) -> Tensor:
     return labels.masked_fill(beyond, IGNORE).to(torch.uint8)
 
 
-class Psa(FrozenStatistics, SavedNetwork):
+class Psa(FrozenStatistics, BackboneMaps, SavedNetwork):
     """ELUs of 1 x 1 convolutions of a backbone's last three feature maps, enlarged to stride 8."""
 
     kind = "psa"
 
     def __init__(self, classifier: models.Classifier, *, seed: int = 0) -> None:
-        super().__init__()
-        self.backbone = classifier.backbone
-        self.preprocessing = classifier.preprocessing
-        self.spec = classifier.spec
-        self.eval()
-        found = feature_levels(self.backbone, "PSA")
+        super().__init__(classifier, "PSA")
+        found = self.levels
         self.levels = [level for level in found if level.stride % STRIDE == 0][-len(WIDTHS) :]
         if not self.levels:
             raise ClassifierError(
@@ -154,8 +149,7 @@ class Psa(FrozenStatistics, SavedNetwork):
             for weight in self.reductions.parameters():
                 nn.init.kaiming_normal_(weight)
             nn.init.xavier_uniform_(self.last.weight, gain=4.0)
-        multiple = side_multiple(self.backbone, self.levels, (13 * STRIDE, 17 * STRIDE))
-        self.multiple = max(STRIDE, multiple)
+        self.multiple = max(STRIDE, self.side_multiple((13 * STRIDE, 17 * STRIDE)))
         self.eval()
 
     @property
@@ -165,28 +159,19 @@ class Psa(FrozenStatistics, SavedNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Features f (B, C, h, w) of (B, 3, H, W) normalised images, padded with zeros."""
         rows, columns = (strided(side, STRIDE) for side in images.shape[-2:])
-        maps = models.feature_maps(self.backbone, pad_sides(images, self.multiple))
         parts = []
-        for level, reduction in zip(self.levels, self.reductions, strict=True):
-            found = reduction(maps[level.index])
+        maps = zip(self.levels, self.reductions, self.maps(images), strict=True)
+        for level, reduction, features in maps:
+            found = reduction(features)
             if level.stride > STRIDE:
                 factor = level.stride // STRIDE
                 found = F.interpolate(found, scale_factor=factor, mode="bilinear")
             parts.append(F.elu(found[..., :rows, :columns]))
         return F.elu(self.last(torch.cat(parts, 1)))
 
-    def folded(self) -> Psa:
-        """A copy for inference with a folded backbone; shares the convolutions, cannot be saved."""
-        twin = shallow_copy(self)
-        twin.backbone, twin.spec = models.folded_backbone(self.backbone), None
-        return twin
-
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Psa:
         return cls(models.described(metadata))
-
-    def _description(self) -> dict[str, Any]:
-        return models.description(self.backbone, self.spec, self.preprocessing)
 
 
 def build_psa(classifier: models.Classifier, *, seed: int = 0) -> Psa:
@@ -370,9 +355,9 @@ class _PsaRefinement(base.LearnedRefinement):
         )
 
     def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
-        loaded = Psa.load(network).to(job.tools.device).folded()
-        maps = partial(models.feature_maps, loaded.backbone)
-        loaded.backbone = job.tools.accelerate(loaded.backbone, maps)
+        trained = Psa.load(network).to(job.tools.device)
+        trained.accelerate = job.tools.accelerate
+        loaded = trained.folded()
 
         def refine(picture: base.Picture) -> Tensor:
             image = picture.image.cpu().numpy()
