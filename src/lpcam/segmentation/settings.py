@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lpcam.runtime.settings import Fraction, Positive, PresetModel, RecipePath, WeightsSection
+from lpcam.runtime.settings import Fraction, Positive, PresetModel, TrainedSection, WeightsSection
 from lpcam.segmentation.networks.base import SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
 
@@ -121,7 +121,7 @@ class SegmentTestSettings(PresetModel):
     colour (BGR) overflows; it explains small differences to published figures."""
 
 
-class SegmentSection(WeightsSection):
+class SegmentSection(WeightsSection, TrainedSection):
     """A network that is trained on the pseudo masks and segments images without labels."""
 
     network: str = "deeplabv2"
@@ -139,9 +139,6 @@ class SegmentSection(WeightsSection):
     """Mean of RGB in [0, 1]; null takes the network's own."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of RGB in [0, 1]; null takes the network's own."""
-    trained: RecipePath | None = None
-    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
-    without training."""
     masks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Maps whose pseudo masks train a segmenter each; ``truth`` trains one on the true masks, as an
     upper bound. Null: all maps that are refined."""
