@@ -247,7 +247,6 @@ REFINEMENTS: Registry[Refinement] = Registry(
         "auto": "lpcam.refine.auto:AUTO",
         "irn": "lpcam.refine.irn:REFINEMENT",
         "crf": "lpcam.refine.crf:REFINEMENT",
-        "pamr": "lpcam.refine.pamr:REFINEMENT",
         "psa": "lpcam.refine.psa:REFINEMENT",
         "saliency": "lpcam.refine.saliency_fusion:REFINEMENT",
         "none": "lpcam.refine.auto:NONE",
