@@ -38,7 +38,6 @@ from benchmarks.measure import (
 from benchmarks.photographs import photographs
 from lpcam.data.images import read_image
 from lpcam.refine.crf import CrfSettings, DenseCrf, unary_from_labels
-from lpcam.refine.pamr import PamrSettings, pamr
 
 GOALS = {1: 1.0, 2: 1.5}
 """Least ratio of the compiled program's time to ours, by the number of threads."""
@@ -101,17 +100,14 @@ def by_peer(image: Tensor, unary: Tensor) -> Tensor:
 
 
 def contenders(image: Tensor, labels: Tensor, count: int) -> dict[str, Callable[[], Any]]:
-    """Calls that make the marginals (PAMR: the refined masks)."""
+    """Calls that make the marginals."""
     unary = unary_from_labels(labels, count, SETTINGS.gt_prob)
-    masks = torch.nn.functional.one_hot(labels, count).movedim(-1, -3).float()
     kept = DenseCrf(SETTINGS)
-    local = PamrSettings.from_preset("default")
     calls: dict[str, Callable[[], Tensor]] = {
         OURS: lambda: kept(image, unary),
         f"{OURS}, first image of a size": lambda: DenseCrf(SETTINGS)(image, unary),
         f"{OURS}, four problems at once": lambda: kept(image, unary.expand(4, -1, -1, -1)),
         f"{OURS}, four problems one by one": lambda: [kept(image, unary) for _ in range(4)],
-        f"{OURS}, PAMR instead": lambda: pamr(image, masks, local),
     }
     if peer() is not None and image.device.type == "cpu":
         calls[PEER] = lambda: by_peer(image, unary)

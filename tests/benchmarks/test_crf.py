@@ -20,7 +20,6 @@ def test_table_without_the_peer(
     printed = capsys.readouterr().out
     assert printed.startswith("## Crf")
     assert "| 1 | 3 | lpcam |" in printed
-    assert "PAMR instead" in printed
     assert "pydensecrf not measured: it is not installed." in printed
 
 

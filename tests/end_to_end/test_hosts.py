@@ -138,7 +138,7 @@ def saliency_of(root: Path, folder: Path, name: str, values: dict[str, Any]) -> 
 
 def amn(root: Path, folder: Path, until: str = "host-maps", **changes: Any) -> RunResult:
     """A run of AMN with nothing behind it that takes long."""
-    values = {**small_run(root, folder), **AMN, "refine.method": "pamr", "report.images": 0}
+    values = {**small_run(root, folder), **AMN, "refine.method": "crf", "report.images": 0}
     return run(load_recipe("voc12-amn.official", {**values, **changes}), until=until)
 
 
@@ -175,7 +175,7 @@ def test_reading_b_maps_prototypes_of_amn_taught_by_cam(voc: Path, tmp_path: Pat
     assert (folder / "host-prototypes" / "amn_lpcam" / "prototypes.safetensors").is_file()
     one = (folder / "host-maps" / "amn" / "2007_000000.npz").read_bytes()
     assert one != (folder / "host-maps" / "amn_lpcam" / "2007_000000.npz").read_bytes()
-    assert {row["method"] for row in result.rows} >= {"AMN", "AMN+LPCAM", "AMN+LPCAM + PAMR"}
+    assert {row["method"] for row in result.rows} >= {"AMN", "AMN+LPCAM", "AMN+LPCAM + CRF"}
 
 
 V1 = {"host.mctformer.version": "v1"}

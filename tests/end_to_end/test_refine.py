@@ -1,4 +1,4 @@
-"""From maps to pseudo masks: IRN, CRF and PAMR in a run, and maps of other programs."""
+"""From maps to pseudo masks: IRN and CRF in a run, and maps of other programs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from lpcam.pipeline.run import refine, run
 from lpcam.refine.base import REFINEMENTS, LearnedRefinement
 from lpcam.refine.crf import CrfSettings, DenseCrf
 from lpcam.refine.irn import Irn, IrnSettings, boundary_map, propagate, pseudo_maps
-from lpcam.refine.pamr import PamrSettings, pamr
 from lpcam.refine.ternary import crf_labels, ternary
 from lpcam.runtime import files
 from lpcam.runtime.errors import DataError, RecipeError
@@ -152,7 +151,7 @@ def test_rows_of_both_stages(finished: Values) -> None:
             assert row["protocol"]["refine"] is None
         else:
             assert row["protocol"]["refine"]["irn"]["epochs"] == 1
-            assert "pamr" not in row["protocol"]["refine"]
+            assert "psa" not in row["protocol"]["refine"]
     fixed = {r["method"]: r for r in metrics["rows"] if r["threshold_source"] == "fixed"}
     settings = IrnSettings.from_preset("default")
     assert fixed["LPCAM + IRN"]["threshold"] == settings.threshold
@@ -218,11 +217,10 @@ def test_stopped_again_and_again(
     assert found | {"recipe.yaml": ""} == expected | {"recipe.yaml": ""}
 
 
-@pytest.mark.parametrize("method", ["crf", "pamr"])
-def test_without_training(plain: Values, tmp_path: Path, method: str) -> None:
+def test_without_training(plain: Values, tmp_path: Path) -> None:
     shutil.copytree(plain["run"]["folder"], tmp_path / "run")
     run_in = in_folder(plain, tmp_path / "run")
-    go(changed(run_in, refine={"method": method, "maps": ["LPCAM"]}), until="pseudo")
+    go(changed(run_in, refine={"method": "crf", "maps": ["LPCAM"]}), until="pseudo")
     changed_pixels = 0
     for image in ("i00", "i04", "i05"):
         maps = read_maps(map_path(tmp_path / "run" / "lpcam", image))
@@ -231,15 +229,12 @@ def test_without_training(plain: Values, tmp_path: Path, method: str) -> None:
         )
         planes = torch.from_numpy(maps.high_res)
         hard = seeds(planes, 0.3)
-        if method == "crf":
-            crf = DenseCrf(CrfSettings.from_preset("irn"))
-            expected = crf.refine_labels(picture, hard, len(planes) + 1).argmax(0)
-        else:
-            expected = seeds(pamr(picture, planes, PamrSettings.from_preset("default")), 0.3)
+        crf = DenseCrf(CrfSettings.from_preset("irn"))
+        expected = crf.refine_labels(picture, hard, len(planes) + 1).argmax(0)
         numbers = torch.tensor([0, *(maps.keys + 1)])
         found = read_index_mask(tmp_path / "run" / "pseudo" / "lpcam" / f"{image}.png")
         wrong = (torch.from_numpy(found).long() != numbers[expected]).float().mean()
-        assert float(wrong) < (1e-9 if method == "crf" else 0.01)  # maps are kept in 255 steps
+        assert float(wrong) < 1e-9
         changed_pixels += int((expected != hard).sum())
     assert changed_pixels > 0
 

@@ -1,25 +1,17 @@
-"""What the dense CRF and PAMR both promise: batches, threads, precision, thin images, bad input."""
+"""What the dense CRF promises: batches, threads, precision, thin images, bad input."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
 from lpcam.refine.crf import CrfSettings, DenseCrf
-from lpcam.refine.pamr import PamrSettings, pamr
 from lpcam.runtime.errors import DataError
 
-SMALL = PamrSettings.from_preset("default", dilations=[1, 2], iterations=3)
-FILTERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "crf": DenseCrf(CrfSettings.from_preset("psa")).refine_probabilities,
-    "pamr": lambda image, masks: pamr(image, masks, SMALL),
-}
-every_filter = pytest.mark.parametrize("refined", FILTERS.values(), ids=FILTERS)
-Filter = Callable[[Tensor, Tensor], Tensor]
+refined = DenseCrf(CrfSettings.from_preset("psa")).refine_probabilities
 
 
 def drawn(*size: int, count: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -32,24 +24,21 @@ def drawn(*size: int, count: int = 3, seed: int = 0) -> tuple[Tensor, Tensor]:
     return image, (torch.rand((count, *size), generator=generator) * 4).softmax(0)
 
 
-@every_filter
-def test_scores_of_a_pixel_still_sum_to_one(refined: Filter) -> None:
+def test_scores_of_a_pixel_still_sum_to_one() -> None:
     for size in ((20, 24), (1, 17), (17, 1), (1, 1), (2, 2)):
         found = refined(*drawn(*size))
         torch.testing.assert_close(found.sum(0), torch.ones(size), atol=1e-5, rtol=0)
         assert float(found.min()) >= 0
 
 
-@every_filter
-def test_leading_axes_share_the_image(refined: Filter) -> None:
+def test_leading_axes_share_the_image() -> None:
     image, scores = drawn(10, 12)
     batch = torch.stack([scores, scores.flip(-1)])[None]
     expected = torch.stack([refined(image, each) for each in batch[0]])[None]
     torch.testing.assert_close(refined(image, batch), expected, atol=1e-5, rtol=0)
 
 
-@every_filter
-def test_same_bytes_with_other_threads(refined: Filter) -> None:
+def test_same_bytes_with_other_threads() -> None:
     given = drawn(90, 120)
     threads = torch.get_num_threads()
     try:
@@ -62,9 +51,8 @@ def test_same_bytes_with_other_threads(refined: Filter) -> None:
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 
-@every_filter
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_dtype_is_kept(refined: Filter, dtype: torch.dtype) -> None:
+def test_dtype_is_kept(dtype: torch.dtype) -> None:
     image, scores = drawn(8, 9)
     found = refined(image, scores.to(dtype))
     assert found.dtype is dtype
@@ -72,15 +60,13 @@ def test_dtype_is_kept(refined: Filter, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@every_filter
-def test_gpu(refined: Filter) -> None:
+def test_gpu() -> None:
     image, scores = drawn(60, 80)
     found = refined(image.cuda(), scores.cuda())
     assert found.device.type == "cuda"
     torch.testing.assert_close(found.cpu(), refined(image, scores), atol=1e-3, rtol=0)
 
 
-@every_filter
 @pytest.mark.parametrize(
     ("image", "scores", "message"),
     [
@@ -91,6 +77,6 @@ def test_gpu(refined: Filter) -> None:
         (torch.zeros(4, 5, 3).byte(), torch.full((2, 4, 5), math.nan), "(?i)nan"),
     ],
 )
-def test_bad_input(refined: Filter, image: Tensor, scores: Tensor, message: str) -> None:
+def test_bad_input(image: Tensor, scores: Tensor, message: str) -> None:
     with pytest.raises(DataError, match=message):
         refined(image, scores)

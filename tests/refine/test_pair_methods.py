@@ -23,6 +23,7 @@ from lpcam.refine.irn_network import build_irn
 from lpcam.refine.psa import PsaSettings, build_psa, psa_loss, write_scores
 from lpcam.refine.walk import pair_counts
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError
+from lpcam.training import loop as engine
 
 Loss = Callable[..., Tensor]
 SPEC = BackboneSpec("test_resnet", {}, 16)
@@ -277,3 +278,21 @@ def test_bad_input(
 def test_settings_that_make_no_sense(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         IrnSettings.from_preset("default", **changes)
+
+
+def test_psa_biases_have_a_higher_rate_and_no_decay(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    found: dict[tuple[float, float], set[bool]] = {}
+
+    def run(module: Any, optimizer: Any, *_: Any, **__: Any) -> None:
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        for group in optimizer.param_groups:
+            biases = {names[id(parameter)].endswith("bias") for parameter in group["params"]}
+            found[round(group["lr"], 9), group["weight_decay"]] = biases
+
+    monkeypatch.setattr(engine, "run", run)
+    network = build_psa(build(BackboneSpec("test_convnext", {}), ("one",), weights="random"))
+    settings = PSA.model_copy(update={"freeze": ()})
+    train("psa", network, [(None, tmp_path)], settings, seed=0, folder=tmp_path)
+    assert found == {(0.01, 5e-4): {False}, (0.02, 0.0): {True}, (0.1, 5e-4): {False}}

@@ -147,7 +147,7 @@ def test_going_on_gives_the_same_bytes(
 
     def stop(*arguments: Any) -> None:
         save(*arguments)
-        saved.append(arguments[4])
+        saved.append(arguments[3])
         if len(saved) == stopped_at:
             raise KeyboardInterrupt
 
@@ -230,8 +230,8 @@ def test_processes_take_the_steps_of_one(
 def test_mixed_precision_trains_much_the_same(
     fresh: Callable[[], Segmenter], pairs: Pairs, tmp_path: Path
 ) -> None:
-    def losses(name: train.Precision, steps: int = 8) -> list[float]:
-        segmenter, settings = fresh(), SETTINGS.model_copy(update={"iterations": steps})
+    def losses(name: train.Precision) -> list[float]:
+        segmenter, settings = fresh(), SETTINGS.model_copy(update={"iterations": 8})
         history = train.train_segmenter(
             segmenter, pairs, settings, seed=0, folder=tmp_path / name, precision=name
         )
@@ -241,8 +241,6 @@ def test_mixed_precision_trains_much_the_same(
 
     full = losses("float32")
     assert losses("bfloat16") == pytest.approx(full, rel=0.05)
-    # A step whose scaled gradients overflow is left out, so only the first loss is comparable.
-    assert losses("float16", steps=1) == pytest.approx(full[:1], rel=0.01)
 
 
 def test_images_without_a_pixel_that_counts(

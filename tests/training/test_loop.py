@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import nn
 
-from lpcam.refine.psa import PsaSettings
 from lpcam.runtime.distributed import Processes
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import mirror_and_crop, random_window
@@ -99,22 +98,20 @@ def test_mirror_and_crop_moves_all_planes_alike(size: tuple[int, int]) -> None:
     assert mirrored == {1, -1}
 
 
-def test_rates_of_weights_and_biases_of_old_and_new_layers() -> None:
+def test_groups_of_one_rate_and_decay() -> None:
     network = nn.ModuleDict(
         {"old": nn.Linear(2, 3), "new": nn.Linear(3, 4), "still": nn.Linear(1, 1)}
     )
     network["still"].requires_grad_(False)
-    update = {"learning_rate": 0.1, "head_multiplier": 10.0, "bias_multiplier": 2.0}
-    settings = PsaSettings.from_preset("official").model_copy(
-        update={**update, "weight_decay": 0.25}
-    )
     found = {
         tuple(p.shape for p in group["params"]): (group["lr"], group["weight_decay"])
-        for group in parameter_groups(network, ("new.",), settings)
+        for group in parameter_groups(
+            network, lambda name, p: (1.0 if name.startswith("new.") else 0.1, p.ndim / 4)
+        )
     }
     assert found == {
-        ((3, 2),): (0.1, 0.25),
-        ((3,),): (0.2, 0.0),
-        ((4, 3),): (1.0, 0.25),
-        ((4,),): (2.0, 0.0),
+        ((3, 2),): (0.1, 0.5),
+        ((3,),): (0.1, 0.25),
+        ((4, 3),): (1.0, 0.5),
+        ((4,),): (1.0, 0.25),
     }

@@ -22,7 +22,7 @@ from lpcam.runtime.distributed import Processes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
-from lpcam.training.optim import SgdSettings, freeze, sgd
+from lpcam.training.optim import SgdSettings, freeze, parameter_groups
 
 
 class FinetuneSettings(SgdSettings):
@@ -96,22 +96,16 @@ def finetune(
             torch.manual_seed(options["seed"])
             first = nn.init.xavier_uniform_(torch.empty_like(classifier.weight, device="cpu"))
         classifier.head.weight.data.copy_(first)
-    backbone = [p for p in classifier.backbone.parameters() if p.requires_grad]
-    head, rate = list(classifier.head.parameters()), settings.learning_rate
-    groups = [
-        {"params": backbone, "lr": rate},
-        {"params": head, "lr": rate * settings.head_multiplier},
-    ]
     size, side = min(settings.batch_size, len(items)), sum(settings.long_side) // 2
-    labels = multi_hot(items, len(classifier.classes))
-    model = processes.replicate(classifier)
+    labels = multi_hot(items, len(classifier.classes)).to(classifier.device)
 
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+    def values(name: str, _: nn.Parameter) -> tuple[float, float]:
+        factor = settings.head_multiplier if name.startswith("head.") else 1.0
+        return settings.learning_rate * factor, settings.weight_decay
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
         images, indices = batch
-        classifier.train()
-        mean = F.multilabel_soft_margin_loss(
-            model(images.to(classifier.device)), labels[indices].to(classifier.device)
-        )
+        mean = F.multilabel_soft_margin_loss(model(images), labels[indices])
         return mean * (len(indices) / size)  # this process's share of the batch
 
     def at_record(_: int) -> dict[str, Any]:
@@ -119,7 +113,7 @@ def finetune(
 
     return engine.run(
         classifier,
-        sgd(groups, settings),
+        torch.optim.SGD(parameter_groups(classifier, values), momentum=settings.momentum),
         partial(_sample, items, classifier.preprocessing, settings, options["seed"]),
         len(items),
         loss,

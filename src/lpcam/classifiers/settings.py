@@ -11,7 +11,7 @@ from lpcam.classifiers.classifier import RANDOM, BackboneSpec, build
 from lpcam.classifiers.finetuning import FinetuneSettings
 from lpcam.classifiers.linear import ProbeSettings
 from lpcam.runtime.files import weights_key
-from lpcam.runtime.settings import RecipePath, WeightsSection
+from lpcam.runtime.settings import TrainedSection, WeightsSection
 from lpcam.training.released import RESNET50, RESNET50_COPIES, WIDERESNET38, Released
 
 RELEASED_RESNET50 = BackboneSpec("resnet50.tv_in1k", {}, 16, dilated=False)
@@ -88,14 +88,11 @@ class BackboneSection(WeightsSection):
         return self.dilated or self.output_stride is None
 
 
-class ClassifierSection(BackboneSection):
+class ClassifierSection(BackboneSection, TrainedSection):
     """The classifier: its backbone, and how its head (and backbone) are trained."""
 
     backbone: str
     """Name of a timm model."""
-    trained: RecipePath | None = None
-    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
-    without training."""
     method: Literal["auto", "probe", "finetune"] = "auto"
     """Training. ``auto``: fine-tune if there is a GPU, else a linear probe on a frozen backbone."""
     probe: ProbeSettings = ProbeSettings.from_preset("default")

@@ -41,7 +41,7 @@ from lpcam.segmentation.losses import reduce_labels, sums_by_side
 from lpcam.segmentation.networks.deeplabv2 import Aspp
 from lpcam.training import loop as engine
 from lpcam.training.augmentation import scale_mirror_crop
-from lpcam.training.optim import EpochSettings, freeze, names_below
+from lpcam.training.optim import EpochSettings, freeze, names_below, parameter_groups
 from lpcam.training.released import RESNET50, RESNET50_COPIES, Released
 
 EPSILON = 1e-5  #: Added to the range that probabilities are divided by (section 4).
@@ -312,35 +312,27 @@ class _AmnHost(hosts.Host[AmnSettings, Amn]):
         processes = options.get("processes") or Processes()
         pairs = check_masks(data.masks, data.classes, strict=True).pairs
         freeze(network.classifier.backbone, settings.freeze)
-        backbone = [p for p in network.classifier.backbone.parameters() if p.requires_grad]
-        rest = [*network.conditioning.parameters(), *network.head.parameters()]
-        groups = [
-            {"params": backbone, "lr": settings.learning_rate},
-            {"params": rest, "lr": settings.head_learning_rate},
-        ]
-        shown = multi_hot([item for item, _ in pairs], len(data.classes))
-        batch = min(settings.batch_size, len(pairs))
-        an_epoch = len(pairs) // batch
-        model = processes.replicate(network)
+        shown = multi_hot([item for item, _ in pairs], len(data.classes)).to(network.device)
 
-        def loss(sample: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        def values(name: str, _: nn.Parameter) -> tuple[float, float]:
+            old = name.startswith("classifier.")
+            rate = settings.learning_rate if old else settings.head_learning_rate
+            return rate, settings.weight_decay
+
+        def loss(model: nn.Module, sample: tuple[Tensor, Tensor, Tensor]) -> Tensor:
             images, labels, indices = sample
-            network.train()
             # In this layout convolutions take half the time on a CPU; the numbers are the same.
-            images = images.to(network.device, memory_format=torch.channels_last)
-            logits = model(images, shown[indices].to(network.device))
-            labels = reduce_labels(labels, logits.shape[-2:]).to(network.device)
+            logits = model(images.to(memory_format=torch.channels_last), shown[indices])
+            labels = reduce_labels(labels, logits.shape[-2:])
             return amn_loss(logits, labels, settings.smoothing, processes.sum)
 
         return engine.run(
             network,
-            torch.optim.Adam(
-                [g for g in groups if g["params"]], weight_decay=settings.weight_decay
-            ),
+            torch.optim.Adam(parameter_groups(network, values)),
             partial(_sample, pairs, data.classes, network.preprocessing, settings, options["seed"]),
             len(pairs),
             loss,
-            engine.Plan(settings.epochs * an_epoch, batch, an_epoch, lambda _: 1.0),
+            engine.Plan.of_epochs(settings, len(pairs), lambda _: 1.0),
             label="training AMN",
             section="host.amn",
             **options,

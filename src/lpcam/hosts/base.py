@@ -22,7 +22,7 @@ from lpcam.method.functional import FusedMaps
 from lpcam.method.settings import LpcamSettings
 from lpcam.runtime.errors import ClassifierError
 from lpcam.runtime.registry import Registry
-from lpcam.runtime.settings import Fraction, Positive, PresetModel, RecipePath
+from lpcam.runtime.settings import Fraction, Positive, PresetModel, TrainedSection
 from lpcam.training.loop import History, TrainingOptions
 from lpcam.training.released import Released
 from lpcam.training.saved_network import SavedNetwork, shallow_copy
@@ -95,14 +95,11 @@ class ScaledSettings(HostSettings):
     """Threshold of the seed masks; a higher one marks fewer pixels as foreground."""
 
 
-class HostSection(BackboneSection):
+class HostSection(BackboneSection, TrainedSection):
     """Host: a method with its own network that improves the maps."""
 
     method: str
     """Name of a host."""
-    trained: RecipePath | None = None
-    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
-    without training."""
     maps: Annotated[tuple[Base, ...], Field(min_length=1)] | None = None
     """Which maps the host builds on; it makes its own maps from each. Null: both."""
     backbone: str | None = None

@@ -33,11 +33,10 @@ from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
 from lpcam.hosts import base as hosts
 from lpcam.method.functional import FusedMaps, fuse_scales, unflip
-from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training import loop as engine
-from lpcam.training.optim import SgdRates, freeze, names_below, poly, sgd
+from lpcam.training.optim import SgdRates, freeze, names_below, parameter_groups, poly
 from lpcam.training.released import WIDERESNET38, Released
 
 
@@ -142,13 +141,9 @@ def groups_of(network: Edam, settings: EdamSettings) -> list[dict[str, Any]]:
 
     All have weight decay, as in the released program, where the groups of biases are empty.
     """
-    groups: dict[bool, list[nn.Parameter]] = {False: [], True: []}
-    for name, parameter in network.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith(HEADS)].append(parameter)
-    rate = settings.learning_rate
+    rate, decay = settings.learning_rate, settings.weight_decay
     rates = {False: rate, True: rate * settings.head_multiplier}
-    return [{"params": groups[new], "lr": rates[new]} for new in groups]
+    return parameter_groups(network, lambda name, _: (rates[name.startswith(HEADS)], decay))
 
 
 class Encoder(nn.Module):
@@ -393,29 +388,27 @@ class _EdamHost(hosts.Host[EdamSettings, Edam]):
         **options: Unpack[engine.TrainingOptions],
     ) -> engine.History:
         """SGD on the binary cross-entropy of every class and image of pairs (section 2)."""
-        processes = options.get("processes") or Processes()
         items, partners = data.images, Partners(data.images)  # others are left out
         freeze(network.classifier.backbone, settings.freeze, norms=True)
-        labels = multi_hot(items, len(network.classes))
+        labels = multi_hot(items, len(network.classes)).to(network.device)
         size = min(settings.pairs, len(partners.firsts))
         steps = settings.iterations
-        model, rate = processes.replicate(network), partial(_rate, settings=settings)
 
-        def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             images, numbers = batch
-            network.train()
-            logits = model(images.flatten(0, 1).to(network.device))
-            target = labels[numbers.flatten()].to(network.device)
-            mean = F.binary_cross_entropy_with_logits(logits, target)
+            logits = model(images.flatten(0, 1))
+            mean = F.binary_cross_entropy_with_logits(logits, labels[numbers.flatten()])
             return mean * (len(numbers) / size)  # this process's share of the pairs
 
         return engine.run(
             network,
-            sgd(groups_of(network, settings), settings),
+            torch.optim.SGD(groups_of(network, settings), momentum=settings.momentum),
             partial(_sample, items, partners, network.preprocessing, settings, options["seed"]),
             len(partners.firsts),
             loss,
-            engine.Plan(steps, settings.pairs, max(1, steps // RECORDS), rate),
+            engine.Plan(
+                steps, settings.pairs, max(1, steps // RECORDS), partial(_rate, settings=settings)
+            ),
             label="training EDAM",
             section="host.edam",
             **options,

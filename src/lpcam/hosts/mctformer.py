@@ -47,6 +47,7 @@ from lpcam.method.functional import FusedMaps, cosine_activation, normalize, unf
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training import loop as engine
+from lpcam.training.optim import parameter_groups
 from lpcam.training.released import Released
 
 EPSILON = 1e-8  #: Added to the range that a map is divided by (section 3, step 4).
@@ -270,26 +271,18 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
     ) -> engine.History:
         """AdamW (section 2); the record of an epoch has ``validation_map`` too."""
         processes = options.get("processes") or Processes()
-        labels = multi_hot(data.images, len(network.classes))
+        labels = multi_hot(data.images, len(network.classes)).to(network.device)
         batch = min(settings.batch_size, len(data.images))
         an_epoch = len(data.images) // batch  # an incomplete last batch is dropped
         rate = settings.learning_rate
-        decay: list[nn.Parameter] = []
-        none: list[nn.Parameter] = []
-        for parameter in filter(lambda p: p.requires_grad, network.parameters()):
-            special = parameter is network.cls_token or parameter is network.pos_embed
-            (none if special or parameter.ndim < 2 else decay).append(parameter)
-        groups: list[dict[str, Any]] = [
-            {"params": decay, "weight_decay": settings.weight_decay},
-            {"params": none, "weight_decay": 0.0},
-        ]
-        model = processes.replicate(network)
 
-        def loss(sample: tuple[Tensor, Tensor]) -> Tensor:
+        def values(name: str, parameter: nn.Parameter) -> tuple[float, float]:
+            special = name in ("cls_token", "pos_embed") or parameter.ndim < 2
+            return rate, 0.0 if special else settings.weight_decay
+
+        def loss(model: nn.Module, sample: tuple[Tensor, Tensor]) -> Tensor:
             images, indices = sample
-            network.train()
-            target = labels[indices].to(network.device)
-            mean = _loss(model(images.to(network.device)), target, settings.contrast)
+            mean = _loss(model(images), labels[indices], settings.contrast)
             return mean * (len(indices) / batch)  # this process's share of the batch
 
         def measured(_: int) -> dict[str, Any]:
@@ -301,14 +294,14 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
         transform = _transform(network.preprocessing, settings)
         return engine.run(
             network,
-            torch.optim.AdamW(groups, lr=rate),
+            # reversed: checkpoints have the tokens last
+            torch.optim.AdamW(parameter_groups(network, values)[::-1]),
             partial(_sample, data.images, transform, options["seed"]),
             len(data.images),
             loss,
-            engine.Plan(
-                settings.epochs * an_epoch,
-                batch,
-                an_epoch,
+            engine.Plan.of_epochs(
+                settings,
+                len(data.images),
                 lambda step: learning_rate(step // an_epoch, settings) / rate,
             ),
             label="training MCTformer",

@@ -19,6 +19,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from pydantic import Field
+from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -414,13 +415,9 @@ def _with_class_tokens(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -
     side, wanted = math.isqrt(max(0, square)), math.isqrt(own["pos_embed"].shape[1] - count)
     if given not in (1, count) or side < 1 or side * side != square:
         return fitted
-    patches = table[:, given:]
-    if side != wanted:
-        planes = patches.transpose(1, 2).reshape(1, width, side, side).float()
-        planes = F.interpolate(planes, size=(wanted, wanted), mode="bicubic", align_corners=False)
-        patches = planes.flatten(2).transpose(1, 2).to(table.dtype)
-    copies = count // given
+    copies, sides = count // given, ([wanted, wanted], [side, side])
+    resized = resample_abs_pos_embed(table, *sides, num_prefix_tokens=given, antialias=False)
     positions = table[:, :given].repeat(1, copies, 1)
     fitted["cls_token"] = token.repeat(1, copies, 1)
-    fitted["pos_embed"] = torch.cat([positions, patches], 1)
+    fitted["pos_embed"] = torch.cat([positions, resized[:, given:]], 1)
     return fitted

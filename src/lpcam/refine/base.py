@@ -19,7 +19,7 @@ from lpcam.data.map_files import MapFile
 from lpcam.runtime.distributed import Sharing
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.registry import Registry
-from lpcam.runtime.settings import RecipePath, Section
+from lpcam.runtime.settings import TrainedSection
 from lpcam.training.loop import History
 from lpcam.training.released import Released
 
@@ -95,14 +95,11 @@ Refine = Callable[[Picture], Tensor | tuple[Tensor, Tensor]]
 """Returns the refined maps (K, H, W) of a picture, or those at stride 4 (K, h, w) and these."""
 
 
-class RefineSection(Section):
+class RefineSection(TrainedSection):
     """Refinement of maps to the pseudo masks that segmenters are trained on."""
 
     method: str = "irn"
     """Name of a refinement."""
-    trained: RecipePath | None = None
-    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
-    without training."""
     maps: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Which maps are refined. Null: the host's, or CAM and LPCAM without a host."""
 
@@ -250,7 +247,6 @@ REFINEMENTS: Registry[Refinement] = Registry(
         "auto": "lpcam.refine.auto:AUTO",
         "irn": "lpcam.refine.irn:REFINEMENT",
         "crf": "lpcam.refine.crf:REFINEMENT",
-        "pamr": "lpcam.refine.pamr:REFINEMENT",
         "psa": "lpcam.refine.psa:REFINEMENT",
         "saliency": "lpcam.refine.saliency_fusion:REFINEMENT",
         "none": "lpcam.refine.auto:NONE",

@@ -267,12 +267,11 @@ class _IrnRefinement(base.LearnedRefinement):
     def train(
         self, network: Any, labelled: base.Labelled, section: base.RefineSection, **options: Any
     ) -> History:
-        settings, branches = section.settings, network.branches
-        pyramid, rate = network.pyramid.folded(), settings.learning_rate
-        groups = [{"params": list(branches.boundary.parameters()), "lr": rate}]
-        if branches.displacement is not None:
-            rate *= settings.displacement_multiplier
-            groups.append({"params": list(branches.displacement.parameters()), "lr": rate})
+        settings, pyramid = section.settings, network.pyramid.folded()
+
+        def values(name: str, _: nn.Parameter) -> tuple[float, float]:
+            factor = settings.displacement_multiplier if name.startswith("displacement.") else 1.0
+            return settings.learning_rate * factor, settings.weight_decay
 
         def loss(model: nn.Module, images: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
             logits, displacement = model(pyramid(images), labels.shape[-2:])
@@ -280,7 +279,9 @@ class _IrnRefinement(base.LearnedRefinement):
 
         change = partial(augment, pyramid.preprocessing, settings)
         return train_on_pairs(
-            branches, groups, _read, change, loss, labelled, settings, title=self.title, **options
+            *(network.branches, values, _read, change, loss, labelled, settings),
+            title=self.title,
+            **options,
         )
 
     def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:

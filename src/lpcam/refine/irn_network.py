@@ -7,7 +7,6 @@ each instance. B images of H x W pixels, h = ceil(H / 4), w = ceil(W / 4).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers import classifier as models
 from lpcam.data.resize import quarter_size
-from lpcam.refine.base import Accelerate
-from lpcam.refine.pair_network import Level, feature_levels, pad_sides, side_multiple
+from lpcam.refine.pair_network import BackboneMaps, Level
 from lpcam.refine.walk import STRIDE
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training.saved_network import SavedNetwork, shallow_copy
@@ -27,28 +25,22 @@ POOLED, SHALLOW, DEEP = (64, 8), (128, 16), (256, 16)
 """Channels and groups in the displacement branch: level pooled to stride 4, at it, beyond."""
 
 
-class Pyramid(nn.Module):
+class Pyramid(BackboneMaps):
     """Frozen feature maps of a backbone from stride 4 on, the last of stride 2 pooled to it."""
 
     def __init__(self, classifier: models.Classifier) -> None:
-        super().__init__()
-        self.backbone = classifier.backbone
-        self.preprocessing = classifier.preprocessing
-        self.spec = classifier.spec
-        self.accelerate: Accelerate = lambda network, _: network
+        super().__init__(classifier, "IRN")
         self.requires_grad_(False)
-        self.eval()
-        found = feature_levels(self.backbone, "IRN")
-        strides = {level.stride for level in found}
+        strides = {level.stride for level in self.levels}
         if not {STRIDE, 2 * STRIDE} <= strides:
             raise ClassifierError(
                 f"the backbone {type(self.backbone).__name__} gives feature maps at strides "
                 f"{sorted(strides)}; IRN needs 4 and 8 among them: choose a convolutional one or "
                 "a hierarchical transformer"
             )
-        finest = [level for level in found if level.stride == STRIDE // 2][-1:]
-        self.levels = finest + [level for level in found if level.stride >= STRIDE]
-        self.multiple = side_multiple(self.backbone, self.levels, models.PROBE_SIZE)
+        finest = [level for level in self.levels if level.stride == STRIDE // 2][-1:]
+        self.levels = finest + [level for level in self.levels if level.stride >= STRIDE]
+        self.multiple = self.side_multiple(models.PROBE_SIZE)
 
     def train(self, mode: bool = True) -> Pyramid:
         """Stay in evaluation mode."""
@@ -57,19 +49,14 @@ class Pyramid(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """Features (B, C, h, w) of each level of (B, 3, H, W) normalised images."""
-        found = models.feature_maps(self.backbone, pad_sides(images, self.multiple))
         return [
-            F.max_pool2d(found[n.index], 3, 2, 1) if n.stride < STRIDE else found[n.index]
-            for n in self.levels
+            F.max_pool2d(found, 3, 2, 1) if level.stride < STRIDE else found
+            for level, found in zip(self.levels, self.maps(images), strict=True)
         ]
 
     def folded(self) -> Pyramid:
-        """A copy with folded batch norms, equal up to rounding; cannot be saved."""
-        twin = shallow_copy(self)
-        folded = models.folded_backbone(self.backbone)
-        twin.backbone = self.accelerate(folded, partial(models.feature_maps, folded))
-        twin.spec = None
-        return twin.requires_grad_(False)
+        """A frozen copy with folded batch norms, equal up to rounding; cannot be saved."""
+        return super().folded().requires_grad_(False)
 
 
 class _Unit(nn.Module):
@@ -191,11 +178,8 @@ class Irn(SavedNetwork):
         return cls(Pyramid(models.described(metadata)), displacement=metadata["displacement"])
 
     def _description(self) -> dict[str, Any]:
-        pyramid = self.pyramid
-        return {
-            **models.description(pyramid.backbone, pyramid.spec, pyramid.preprocessing),
-            "displacement": self.branches.displacement is not None,
-        }
+        own = {"displacement": self.branches.displacement is not None}
+        return {**self.pyramid._description(), **own}
 
 
 def build_irn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,22 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import feature_maps
+from lpcam.classifiers.classifier import (
+    Classifier,
+    description,
+    feature_maps,
+    folded_backbone,
+)
 from lpcam.data.dataset import Item
-from lpcam.refine.base import Labelled
+from lpcam.refine.base import Accelerate, Labelled
 from lpcam.refine.walk import pair_counts
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError, DataError
 from lpcam.runtime.settings import Positive
 from lpcam.training import loop as engine
 from lpcam.training.loop import History
-from lpcam.training.optim import SgdSettings, sgd
+from lpcam.training.optim import SgdSettings, parameter_groups
+from lpcam.training.saved_network import shallow_copy
 
 
 class PairSettings(SgdSettings):
@@ -73,41 +79,68 @@ class Level:
     stride: int
 
 
-def feature_levels(backbone: nn.Module, method: str) -> list[Level]:
-    """All feature maps of a backbone, in order; a method's ClassifierError if it gives none."""
-    if not hasattr(backbone, "forward_intermediates"):
-        raise ClassifierError(
-            f"the backbone {type(backbone).__name__} does not give the feature maps between its "
-            f"stages; {method} needs a timm model that has forward_intermediates"
-        )
-    return [
-        Level(number, found.shape[1], SIDE // found.shape[-1])
-        for number, found in enumerate(_maps_of_zeros(backbone, (SIDE, SIDE)))
-    ]
+class BackboneMaps(nn.Module):
+    """A backbone and those of its feature maps that a method reads, all of them at first.
 
-
-def side_multiple(backbone: nn.Module, levels: Sequence[Level], size: tuple[int, int]) -> int:
-    """Number of which sides must be multiples, for :func:`pad_sides`.
-
-    1 if feature maps have ceil(side / stride) cells, else the largest stride: the rest is dropped.
+    ClassifierError that names the method if the backbone gives none.
     """
-    maps = _maps_of_zeros(backbone, size)
-    whole = all(
-        tuple(maps[level.index].shape[-2:]) == tuple(-(-side // level.stride) for side in size)
-        for level in levels
-    )
-    return 1 if whole else max(level.stride for level in levels)
+
+    def __init__(self, classifier: Classifier, method: str) -> None:
+        super().__init__()
+        self.backbone = classifier.backbone
+        self.preprocessing = classifier.preprocessing
+        self.spec = classifier.spec
+        self.accelerate: Accelerate = lambda network, _: network
+        self.eval()
+        if not hasattr(self.backbone, "forward_intermediates"):
+            raise ClassifierError(
+                f"the backbone {type(self.backbone).__name__} does not give the feature maps "
+                f"between its stages; {method} needs a timm model that has forward_intermediates"
+            )
+        self.levels = [
+            Level(number, found.shape[1], SIDE // found.shape[-1])
+            for number, found in enumerate(self._maps_of_zeros((SIDE, SIDE)))
+        ]
+        self.multiple = 1
+
+    def side_multiple(self, size: tuple[int, int]) -> int:
+        """Number of which sides must be multiples.
+
+        1 if the maps of ``size`` have ceil(side / stride) cells, else the largest stride: the rest
+        is dropped.
+        """
+        maps = self._maps_of_zeros(size)
+        whole = all(
+            tuple(maps[level.index].shape[-2:]) == tuple(-(-side // level.stride) for side in size)
+            for level in self.levels
+        )
+        return 1 if whole else max(level.stride for level in self.levels)
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Features (B, C, h, w) of each level of (B, 3, H, W) normalised images."""
+        found = feature_maps(self.backbone, pad_sides(images, self.multiple))
+        return [found[level.index] for level in self.levels]
+
+    def folded(self) -> Self:
+        """A copy for inference with a folded backbone, equal up to rounding; cannot be saved."""
+        twin, folded = shallow_copy(self), folded_backbone(self.backbone)
+        twin.backbone = self.accelerate(folded, partial(feature_maps, folded))
+        twin.spec = None
+        return twin
+
+    def _description(self) -> dict[str, Any]:
+        return description(self.backbone, self.spec, self.preprocessing)
+
+    @torch.no_grad()
+    def _maps_of_zeros(self, size: tuple[int, int]) -> list[Tensor]:
+        zeros = next(self.backbone.parameters()).new_zeros(1, 3, *size)
+        return feature_maps(self.backbone, zeros)
 
 
 def pad_sides(images: Tensor, multiple: int) -> Tensor:
     """Pad images (..., H, W) with zeros at the right and bottom to multiples of a number."""
     height, width = images.shape[-2:]
     return F.pad(images, (0, -width % multiple, 0, -height % multiple))
-
-
-@torch.no_grad()
-def _maps_of_zeros(backbone: nn.Module, size: tuple[int, int]) -> list[Tensor]:
-    return feature_maps(backbone, next(backbone.parameters()).new_zeros(1, 3, *size))
 
 
 def _sample(
@@ -125,7 +158,7 @@ def _sample(
 
 def train_on_pairs(
     module: nn.Module,
-    groups: Sequence[dict[str, Any]],
+    values: Callable[[str, nn.Parameter], tuple[float, float]],
     read: Read,
     augment: Augment,
     loss: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor],
@@ -139,24 +172,20 @@ def train_on_pairs(
 ) -> History:
     """Train a module in place on pairs of cells; a stopped training resumes from its checkpoints.
 
-    ``read`` and ``augment`` make the samples and are picklable. ``loss`` takes the module, images,
+    ``values`` are the learning rate and weight decay of a parameter. ``read`` and ``augment`` make
+    the samples and are picklable. ``loss`` takes the module, images,
     labels and the number of pairs of each kind in the batch. Others as `lpcam.training.loop.run`.
     """
-    device = next(module.parameters()).device
     processes = processes or Processes()
-    model = processes.replicate(module)
 
-    def batch_loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = (part.to(device) for part in batch)
-        module.train()
-        counts = pair_counts(labels, settings.radius)
-        if processes.count > 1:
-            counts = processes.sum(counts.cpu()).to(device)
+    def batch_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        counts = processes.sum(pair_counts(labels, settings.radius)).to(labels.device)
         return loss(model, images, labels, counts)
 
     return engine.run(
         module,
-        sgd(groups, settings),
+        torch.optim.SGD(parameter_groups(module, values), momentum=settings.momentum),
         partial(_sample, read, augment, labelled, seed),
         len(labelled),
         batch_loss,

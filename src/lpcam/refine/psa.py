@@ -27,24 +27,23 @@ from torch.utils.checkpoint import checkpoint
 from lpcam.classifiers import classifier as models
 from lpcam.data.dataset import BACKGROUND, IGNORE, Item
 from lpcam.data.images import limit_long_side
-from lpcam.data.map_files import map_path
+from lpcam.data.map_files import map_path, write_arrays
 from lpcam.method.functional import strided
 from lpcam.refine import base
 from lpcam.refine import walk as stencil
 from lpcam.refine.crf import CrfSettings, DenseCrf, crf_scores
 from lpcam.refine.pair_network import (
+    BackboneMaps,
     PairSettings,
-    feature_levels,
     pad_sides,
-    side_multiple,
     train_on_pairs,
 )
 from lpcam.runtime.errors import ArtefactError, ClassifierError
-from lpcam.runtime.files import read_bytes, write_bytes
+from lpcam.runtime.files import read_bytes
 from lpcam.runtime.settings import Fraction, Positive
 from lpcam.training.augmentation import jitter_colours, mirror_and_crop
 from lpcam.training.loop import History
-from lpcam.training.optim import FrozenStatistics, freeze, names_below, parameter_groups
+from lpcam.training.optim import FrozenStatistics, freeze, names_below
 from lpcam.training.released import WIDERESNET38, Released
 from lpcam.training.saved_network import SavedNetwork, shallow_copy
 
@@ -87,9 +86,7 @@ HEADS = ("reductions.", "last.")
 def write_scores(path: Path, scores: Tensor) -> None:
     """Write scores (2, K + 1, H, W) in [0, 1], of the low and the high alpha, as uint8 in npz."""
     low, high = (scores * 255).round().to(torch.uint8).cpu().numpy()
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, low=low, high=high)
-    write_bytes(path, buffer.getvalue())
+    write_arrays(path, {"low": low, "high": high})
 
 
 def read_scores(path: Path) -> NDArray[np.uint8]:
@@ -125,18 +122,14 @@ def label_pairs(low: Tensor, high: Tensor) -> Tensor:
     return labels.masked_fill(beyond, IGNORE).to(torch.uint8)
 
 
-class Psa(FrozenStatistics, SavedNetwork):
+class Psa(FrozenStatistics, BackboneMaps, SavedNetwork):
     """ELUs of 1 x 1 convolutions of a backbone's last three feature maps, enlarged to stride 8."""
 
     kind = "psa"
 
     def __init__(self, classifier: models.Classifier, *, seed: int = 0) -> None:
-        super().__init__()
-        self.backbone = classifier.backbone
-        self.preprocessing = classifier.preprocessing
-        self.spec = classifier.spec
-        self.eval()
-        found = feature_levels(self.backbone, "PSA")
+        super().__init__(classifier, "PSA")
+        found = self.levels
         self.levels = [level for level in found if level.stride % STRIDE == 0][-len(WIDTHS) :]
         if not self.levels:
             raise ClassifierError(
@@ -156,8 +149,7 @@ class Psa(FrozenStatistics, SavedNetwork):
             for weight in self.reductions.parameters():
                 nn.init.kaiming_normal_(weight)
             nn.init.xavier_uniform_(self.last.weight, gain=4.0)
-        multiple = side_multiple(self.backbone, self.levels, (13 * STRIDE, 17 * STRIDE))
-        self.multiple = max(STRIDE, multiple)
+        self.multiple = max(STRIDE, self.side_multiple((13 * STRIDE, 17 * STRIDE)))
         self.eval()
 
     @property
@@ -167,28 +159,19 @@ class Psa(FrozenStatistics, SavedNetwork):
     def forward(self, images: Tensor) -> Tensor:
         """Features f (B, C, h, w) of (B, 3, H, W) normalised images, padded with zeros."""
         rows, columns = (strided(side, STRIDE) for side in images.shape[-2:])
-        maps = models.feature_maps(self.backbone, pad_sides(images, self.multiple))
         parts = []
-        for level, reduction in zip(self.levels, self.reductions, strict=True):
-            found = reduction(maps[level.index])
+        maps = zip(self.levels, self.reductions, self.maps(images), strict=True)
+        for level, reduction, features in maps:
+            found = reduction(features)
             if level.stride > STRIDE:
                 factor = level.stride // STRIDE
                 found = F.interpolate(found, scale_factor=factor, mode="bilinear")
             parts.append(F.elu(found[..., :rows, :columns]))
         return F.elu(self.last(torch.cat(parts, 1)))
 
-    def folded(self) -> Psa:
-        """A copy for inference with a folded backbone; shares the convolutions, cannot be saved."""
-        twin = shallow_copy(self)
-        twin.backbone, twin.spec = models.folded_backbone(self.backbone), None
-        return twin
-
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Psa:
         return cls(models.described(metadata))
-
-    def _description(self) -> dict[str, Any]:
-        return models.description(self.backbone, self.spec, self.preprocessing)
 
 
 def build_psa(classifier: models.Classifier, *, seed: int = 0) -> Psa:
@@ -356,19 +339,25 @@ class _PsaRefinement(base.LearnedRefinement):
         settings = section.settings
         freeze(network.backbone, settings.freeze, norms=True)
 
+        def values(name: str, _: nn.Parameter) -> tuple[float, float]:
+            rate = settings.learning_rate
+            rate *= settings.head_multiplier if name.startswith(HEADS) else 1.0
+            if name.endswith("bias"):
+                return rate * settings.bias_multiplier, 0.0
+            return rate, settings.weight_decay
+
         def loss(model: nn.Module, images: Tensor, labels: Tensor, counts: Tensor) -> Tensor:
             return psa_loss(model(images), labels, settings.radius, counts)
 
-        groups = parameter_groups(network, HEADS, settings)
         change = partial(augment, network.preprocessing, settings)
         return train_on_pairs(
-            network, groups, _read, change, loss, labelled, settings, title=self.title, **options
+            network, values, _read, change, loss, labelled, settings, title=self.title, **options
         )
 
     def refiner(self, job: base.Job, network: Path, folder: Path) -> base.Refine:
-        loaded = Psa.load(network).to(job.tools.device).folded()
-        maps = partial(models.feature_maps, loaded.backbone)
-        loaded.backbone = job.tools.accelerate(loaded.backbone, maps)
+        trained = Psa.load(network).to(job.tools.device)
+        trained.accelerate = job.tools.accelerate
+        loaded = trained.folded()
 
         def refine(picture: base.Picture) -> Tensor:
             image = picture.image.cpu().numpy()

@@ -7,9 +7,8 @@ import ctypes
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -72,38 +71,29 @@ MEMBERSHIP, GROUPS = Path("/proc", "self", "cgroup"), Path("/sys", "fs", "cgroup
 
 def container_limits(membership: Path = MEMBERSHIP, root: Path = GROUPS) -> list[int]:
     """Memory limits in bytes of the process's Linux control groups, version 2 or 1."""
-    limits = []
-    for folder, version in _control_groups("memory", membership, root):
-        name = "memory.max" if version == 2 else "memory.limit_in_bytes"
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            limits.append(int((folder / name).read_text("utf-8")))
-    return limits
+    files = {2: ("memory.max",), 1: ("memory.limit_in_bytes",)}
+    found = _control_groups("memory", files, membership, root)
+    return [int(limit) for (limit,) in found if limit != "max"]
 
 
 def processor_quotas(membership: Path = MEMBERSHIP, root: Path = GROUPS) -> list[float]:
     """Processors that the process's Linux control groups allow, version 2 or 1; maybe fractions."""
-    quotas = []
-    for folder, version in _control_groups("cpu", membership, root):
-        names = ("cpu.max",) if version == 2 else ("cpu.cfs_quota_us", "cpu.cfs_period_us")
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
-            words = " ".join((folder / name).read_text("utf-8") for name in names).split()
-            quota, period = map(int, words)
-            if quota > 0:  # else there is none
-                quotas.append(quota / period)
-    return quotas
+    files = {2: ("cpu.max",), 1: ("cpu.cfs_quota_us", "cpu.cfs_period_us")}
+    found = _control_groups("cpu", files, membership, root)
+    return [int(quota) / int(period) for quota, period in found if quota not in ("max", "-1")]
 
 
 def _control_groups(
-    controller: str, membership: Path, root: Path
-) -> Iterator[tuple[Path, Literal[1, 2]]]:
-    """Folders of the control groups that limit the process, and their version."""
+    controller: str, files: Mapping[int, Sequence[str]], membership: Path, root: Path
+) -> Iterator[list[str]]:
+    """Words in the files, by version, of every control group that limits the process."""
     try:
         lines = membership.read_text("utf-8").splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, group = line.split(":", 2)
-        version: Literal[1, 2] = 1 if controllers else 2
+        version = 1 if controllers else 2
         if version == 1 and controller not in controllers.split(","):
             continue
         top = root / controller if version == 1 else root
@@ -111,7 +101,8 @@ def _control_groups(
         # host, which is not there, and the container's own group is the root.
         inner = top / group.lstrip("/")
         for folder in (inner, *inner.parents):
-            yield folder, version
+            with contextlib.suppress(OSError):  # no such file
+                yield " ".join((folder / n).read_text("utf-8") for n in files[version]).split()
             if folder == top:
                 break
 

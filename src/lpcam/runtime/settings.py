@@ -63,6 +63,14 @@ class WeightsSection(Section):
         return {**given, "weights": str(against_base(weights, info))}
 
 
+class TrainedSection(Section):
+    """A section of a network."""
+
+    trained: RecipePath | None = None
+    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
+    without training."""
+
+
 class PresetModel(Section):
     """Settings that are filled from the preset ``preset``, then from the values given beside it.
 

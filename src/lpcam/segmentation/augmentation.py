@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from lpcam.classifiers.classifier import Preprocessing
@@ -24,6 +25,7 @@ from lpcam.runtime.errors import DataError
 from lpcam.runtime.parallel import ordered_map
 from lpcam.segmentation.losses import reduce_labels
 from lpcam.segmentation.settings import SegmenterSettings
+from lpcam.training.augmentation import change_hsv
 from lpcam.training.loop import Place
 
 REDRAWS = 10  #: Maximum number of further draws of a crop for ``class_limit`` (section 3).
@@ -76,48 +78,23 @@ def _distort(image: NDArray[np.uint8], generator: np.random.Generator) -> NDArra
     """Photometric distortion of an RGB image (H, W, 3), as mmsegmentation describes it (section 3).
 
     Brightness, contrast, saturation and hue (HSV), each in half of the cases; in half of the cases
-    the contrast comes last. Values are clipped after each change and rounded at the end.
+    the contrast comes last. Values are clipped after each change, and HSV has 8 bits, as there.
     """
     brightness, contrast_first, contrast, saturation, hue = generator.random(5) < 0.5
-    colours = np.moveaxis(image, -1, 0).astype(np.float32, order="C")
+    levels = image.astype(np.float32)
     if brightness:
-        colours = np.clip(colours + generator.uniform(-BRIGHTNESS, BRIGHTNESS), 0.0, 255.0)
+        levels = np.clip(levels + generator.uniform(-BRIGHTNESS, BRIGHTNESS), 0.0, 255.0)
     factor = generator.uniform(*CONTRAST) if contrast else 1.0
-    if contrast and contrast_first:
-        colours = np.clip(colours * factor, 0.0, 255.0)
-    if saturation:
-        colours = _scale_saturation(colours, generator.uniform(*SATURATION))
-    if hue:
-        colours = _turn_hue(colours, generator.uniform(-HUE, HUE))
-    if contrast and not contrast_first:
-        colours = np.clip(colours * factor, 0.0, 255.0)
-    return np.ascontiguousarray(np.moveaxis(np.rint(colours).astype(np.uint8), 0, -1))
-
-
-def _scale_saturation(colours: NDArray[np.float32], factor: float) -> NDArray[np.float32]:
-    """RGB (3, H, W) with ``factor`` times the saturation of HSV, at most 1; hue and value stay."""
-    value, chroma = colours.max(0), np.ptp(colours, axis=0)
-    limit = value / np.where(chroma > 0, chroma, 1)  # at which the saturation is 1; of grey, any
-    found: NDArray[np.float32] = value - np.minimum(np.float32(factor), limit) * (value - colours)
-    return found
-
-
-def _turn_hue(colours: NDArray[np.float32], degrees: float) -> NDArray[np.float32]:
-    """RGB (3, H, W) with the hue of HSV turned, red towards green; saturation and value stay."""
-    red, green, blue = colours
-    value, chroma = colours.max(0), np.ptp(colours, axis=0)
-    divisor = np.where(chroma > 0, chroma, 1)
-    hue = np.where(
-        value == red,
-        (green - blue) / divisor,
-        np.where(value == green, (blue - red) / divisor + 2, (red - green) / divisor + 4),
-    )  # in sixths of the circle
-    turned = np.empty_like(colours)
-    for channel, first in enumerate((5, 3, 1)):
-        place = hue + np.float32(first + degrees / 60)
-        place -= 6 * np.floor(place / 6)
-        turned[channel] = value - chroma * np.clip(np.minimum(place, 4 - place), 0, 1)
-    return turned
+    if contrast_first:
+        levels = np.clip(levels * factor, 0.0, 255.0)
+    if saturation or hue:
+        picture = Image.fromarray(np.rint(levels).astype(np.uint8))
+        scale = generator.uniform(*SATURATION) if saturation else 1.0
+        turn = generator.uniform(-HUE, HUE) if hue else 0.0
+        levels = np.array(change_hsv(picture, turn / 360, scale), np.float32)
+    if not contrast_first:
+        levels = np.clip(levels * factor, 0.0, 255.0)
+    return np.rint(levels).astype(np.uint8)
 
 
 def augment(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lpcam.classifiers.classifier import PRETRAINED, RANDOM, Preprocessing
 from lpcam.data.dataset import ClassTable
 from lpcam.runtime.errors import ArtefactError, ClassifierError
-from lpcam.segmentation.networks.base import First, Network, SegmenterSpec
+from lpcam.segmentation.networks.base import First, SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
 from lpcam.training.released import WIDERESNET38, Released
 from lpcam.training.saved_network import SavedNetwork
@@ -55,11 +55,6 @@ class Segmenter(SavedNetwork):
     @property
     def stored(self) -> nn.Module:
         return self.network
-
-    @property
-    def trained(self) -> Network:
-        """The network with the type that training uses."""
-        return cast(Network, self.network)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (B, L, h, w) of normalised images (B, 3, H, W)."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from lpcam.runtime.settings import Fraction, Positive, PresetModel, RecipePath, WeightsSection
+from lpcam.runtime.settings import Fraction, Positive, PresetModel, TrainedSection, WeightsSection
 from lpcam.segmentation.networks.base import SegmenterSpec
 from lpcam.segmentation.networks.registry import NETWORKS
 
@@ -121,7 +121,7 @@ class SegmentTestSettings(PresetModel):
     colour (BGR) overflows; it explains small differences to published figures."""
 
 
-class SegmentSection(WeightsSection):
+class SegmentSection(WeightsSection, TrainedSection):
     """A network that is trained on the pseudo masks and segments images without labels."""
 
     network: str = "deeplabv2"
@@ -139,15 +139,12 @@ class SegmentSection(WeightsSection):
     """Mean of RGB in [0, 1]; null takes the network's own."""
     std: tuple[float, float, float] | None = None
     """Standard deviation of RGB in [0, 1]; null takes the network's own."""
-    trained: RecipePath | None = None
-    """File of a trained network, which ``lpcam convert`` writes from a released one; it is used
-    without training."""
     masks: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Maps whose pseudo masks train a segmenter each; ``truth`` trains one on the true masks, as an
     upper bound. Null: all maps that are refined."""
     training: SegmenterSettings = SegmenterSettings.from_preset("deeplabv2.voc12.official")
     test: SegmentTestSettings = SegmentTestSettings.from_preset("deeplabv2.official")
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16"] = "float32"
     """Precision of the network's passes in training; weights and loss are in float32."""
     validations: Annotated[int, Field(ge=0)] = 5
     """Number of mIoU measurements during training, on the test list if it has masks, at scale 1

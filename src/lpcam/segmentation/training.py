@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Literal, Unpack, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +20,13 @@ from lpcam.runtime.files import read_tensors
 from lpcam.segmentation import inference as predict
 from lpcam.segmentation.augmentation import make_sample
 from lpcam.segmentation.losses import segmentation_loss
+from lpcam.segmentation.networks.base import Network
 from lpcam.segmentation.segmenter import Segmenter
 from lpcam.segmentation.settings import SegmenterSettings, SegmentTestSettings
 from lpcam.training import loop as engine
 from lpcam.training.optim import names_below, poly
 
-Precision = Literal["float32", "bfloat16", "float16"]
+Precision = Literal["float32", "bfloat16"]
 RECORDS = 100  #: Number of history records in a whole training.
 CHECKPOINTS = 40  #: Number of checkpoints in a whole training, besides those at the records.
 BETA2 = 0.999  #: Second beta of AdamW (section 3).
@@ -115,7 +116,7 @@ def train_segmenter(
         ArtefactError: if a checkpoint is damaged or of another network.
     """
     processes = options.get("processes") or Processes()
-    device, network = segmenter.device, segmenter.network
+    network = segmenter.network
     check_batch(segmenter, settings, len(pairs), processes)
     if processes.count > 1 and _trains_batch_norms(network):
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call]
@@ -129,15 +130,11 @@ def train_segmenter(
     times = 0 if validation is None else validation.times
     plan = plan_of(settings, len(pairs), times)
     due = validation_steps(plan, times)
-    model = processes.replicate(_Outputs(network))
     about = segmenter.classes, segmenter.preprocessing
-    dtype = getattr(torch, precision)
-    scaler = torch.amp.GradScaler(device.type) if precision == "float16" else None
 
-    def loss(batch: tuple[Tensor, Tensor]) -> Tensor:
-        images, labels = (part.to(device) for part in batch)
-        segmenter.train()
-        with torch.autocast(device.type, dtype, enabled=precision != "float32"):
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        images, labels = batch
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
             outputs = model(images)
         kind, meet = settings.loss, settings.labels
         return segmentation_loss(outputs, labels, kind=kind, meet=meet, total=processes.sum)
@@ -155,14 +152,14 @@ def train_segmenter(
 
     history = engine.run(
         network,
-        optimizer_of(segmenter.trained.parameter_groups(), settings),
+        optimizer_of(cast(Network, network).parameter_groups(), settings),
         lambda place: make_sample(pairs, *about, settings, options["seed"], place),
         len(pairs),
         loss,
         plan,
         label="training a segmenter",
         section="segment.training",
-        scaler=scaler,
+        outputs=_Outputs(network),
         at_record=at_record,
         **options,
     )

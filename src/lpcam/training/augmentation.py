@@ -30,16 +30,17 @@ def jitter_colours(
         if number < len(ENHANCERS):
             picture = ENHANCERS[number](picture).enhance(1.0 + factors[number])
         else:
-            picture = turn_hue(picture, turn)
+            picture = change_hsv(picture, turn)
     return np.array(picture)
 
 
-def turn_hue(picture: Image.Image, turn: float) -> Image.Image:
-    """Turn the hue of an RGB image by a fraction of its circle, in steps of 1 / 256."""
+def change_hsv(picture: Image.Image, turn: float, factor: float = 1.0) -> Image.Image:
+    """Turn the hue of an RGB image by a fraction of its circle and scale its saturation, 8 bits."""
     hue, saturation, value = picture.convert("HSV").split()
     steps = round(turn * 256) % 256
     turned = hue.point([(level + steps) % 256 for level in range(256)])
-    return Image.merge("HSV", (turned, saturation, value)).convert("RGB")
+    scaled = saturation.point([min(255, round(level * factor)) for level in range(256)])
+    return Image.merge("HSV", (turned, scaled, value)).convert("RGB")
 
 
 def random_window(length: int, crop: int, generator: np.random.Generator) -> tuple[slice, slice]:

@@ -22,7 +22,7 @@ from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ArtefactError, ClassifierError
 from lpcam.runtime.files import read_tensors, write_tensors
 from lpcam.runtime.progress import progress
-from lpcam.training.optim import SgdSettings, poly
+from lpcam.training.optim import poly
 
 logger = logging.getLogger(__name__)
 CHECKPOINT = "checkpoint.safetensors"
@@ -52,12 +52,15 @@ class Plan:
     checkpoint: int | None = None  #: Steps between checkpoints; None: CHECKPOINT_STEPS.
 
     @classmethod
-    def of_epochs(cls, settings: SgdSettings, count: int) -> Plan:
-        """The poly schedule over epochs of a list of ``count`` samples; one record per epoch."""
+    def of_epochs(
+        cls, settings: Any, count: int, rate: Callable[[int], float] | None = None
+    ) -> Plan:
+        """Epochs over ``count`` samples, a record each; the rate is the poly schedule's if None."""
         batch = min(settings.batch_size, count)
         an_epoch = count // batch
         steps = settings.epochs * an_epoch
-        return cls(steps, batch, an_epoch, lambda step: poly(step, steps, settings.power))
+        rate = rate or (lambda step: poly(step, steps, settings.power))
+        return cls(steps, batch, an_epoch, rate)
 
 
 class TrainingOptions(TypedDict, total=False):
@@ -111,7 +114,7 @@ def run(
     optimizer: torch.optim.Optimizer,
     make: Callable[[Place], Sample],
     count: int,
-    loss: Callable[[Any], Tensor],
+    loss: Callable[[nn.Module, Any], Tensor],
     plan: Plan,
     *,
     label: str,
@@ -120,14 +123,14 @@ def run(
     folder: Path,
     workers: int = 0,
     processes: Processes | None = None,
-    scaler: torch.amp.GradScaler | None = None,
+    outputs: nn.Module | None = None,
     at_record: Callable[[int], dict[str, Any]] | None = None,
 ) -> History:
     """Train, with checkpoints in ``folder`` from which a stopped run resumes.
 
     ``make`` makes the sample of a place, of ``count`` in the list; it is picklable if there are
-    workers. ``loss`` is this process's part in the mean over all samples of a forward pass; it sets
-    the mode. ``scaler`` scales losses in float16; a step whose gradients overflow is skipped.
+    workers. ``loss`` is this process's part in the mean over all samples of a forward pass. It gets
+    the module, or ``outputs``, a module around it, and a batch on its device.
 
     Returns ``epoch``, ``step``, mean ``loss`` and the values of ``at_record`` (from the number of
     steps done), every ``plan.record`` steps and at the end. ClassifierError if the loss is not
@@ -137,11 +140,12 @@ def run(
     smallest_part(plan, count, processes, section)
     base = [float(group["lr"]) for group in optimizer.param_groups]
     checkpoint = folder / CHECKPOINT
-    step, running, history = _resume(checkpoint, module, optimizer, scaler, label)
+    step, running, history = _resume(checkpoint, module, optimizer, label)
     order = Order(count, plan, seed, step, processes)
     loader = DataLoader(_Samples(make), batch_sampler=order, num_workers=workers)
-    value = 0.0
-    devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
+    value, model = 0.0, processes.replicate(outputs or module)
+    device = next(module.parameters()).device
+    devices = [device] if device.type == "cuda" else []
     with progress(label, plan.steps, done=step) as advance, torch.random.fork_rng(devices=devices):
         for turn, batch in enumerate(loader):
             # Dropout depends only on the seed and the step, so that a resumed run repeats it.
@@ -152,7 +156,8 @@ def run(
                 for group, rate in zip(optimizer.param_groups, base, strict=True):
                     group["lr"] = rate * plan.rate(step)
                 optimizer.zero_grad()
-            part = loss(batch) / parts
+            module.train()
+            part = loss(model, [each.to(device) for each in batch]) / parts
             value += float(processes.sum(part.detach().cpu()))
             if not math.isfinite(value):
                 raise ClassifierError(
@@ -160,15 +165,10 @@ def run(
                     f"{section}.learning_rate and run again"
                 )
             # The gradients of the processes are averaged; the loss is their sum.
-            part = part * processes.count
-            (part if scaler is None else scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+            (part * processes.count).backward()  # type: ignore[no-untyped-call]
             if (turn + 1) % parts:
                 continue
-            if scaler is None:
-                optimizer.step()
-            else:
-                scaler.step(optimizer)
-                scaler.update()
+            optimizer.step()
             step += 1
             running += value
             advance(1, f"loss {value:.4f}")
@@ -185,7 +185,7 @@ def run(
                 logger.info("%s: %s", label, ", ".join(shown))
             due = recorded or step % (plan.checkpoint or CHECKPOINT_STEPS) == 0
             if due and processes.first:
-                _save(checkpoint, module, optimizer, scaler, step, running, history)
+                _save(checkpoint, module, optimizer, step, running, history)
     module.eval()
     return history
 
@@ -207,7 +207,6 @@ def _save(
     path: Path,
     module: nn.Module,
     optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
     step: int,
     running: float,
     history: History,
@@ -221,17 +220,12 @@ def _save(
         "step": step,
         "running": running,
         "history": history,
-        "scaler": {} if scaler is None else scaler.state_dict(),
     }
     write_tensors(path, tensors, metadata)
 
 
 def _resume(
-    path: Path,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler | None,
-    label: str,
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, label: str
 ) -> tuple[int, float, History]:
     if not path.is_file():
         return 0, 0.0, []
@@ -253,7 +247,5 @@ def _resume(
             _, number, key = name.split(".")
             state["state"].setdefault(int(number), {})[key] = tensor
     optimizer.load_state_dict(state)
-    if scaler is not None:
-        scaler.load_state_dict(metadata["scaler"])
     logger.info("%s: resuming at step %d", label, metadata["step"])
     return metadata["step"], metadata["running"], metadata["history"]

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Annotated, Any, Self
 
-import torch
 from pydantic import Field
 from torch import nn
 
@@ -43,34 +42,15 @@ def poly(step: int, steps: int, power: float) -> float:
     return math.pow(1.0 - step / steps, power)
 
 
-def sgd(groups: Sequence[dict[str, Any]], settings: Any) -> torch.optim.Optimizer:
-    """SGD with the settings' momentum and weight decay; groups without parameters are left out."""
-    return torch.optim.SGD(
-        [group for group in groups if group["params"]],
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
-
-
 def parameter_groups(
-    network: nn.Module, heads: Sequence[str], settings: Any
+    network: nn.Module, values: Callable[[str, nn.Parameter], tuple[float, float]]
 ) -> list[dict[str, Any]]:
-    """Trainable weights, and biases without decay, of new layers (``heads``) and of others."""
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    """The trained parameters by their learning rate and weight decay, ``values`` of their names."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in network.named_parameters():
         if parameter.requires_grad:
-            key = (name.startswith(tuple(heads)), name.endswith("bias"))
-            groups.setdefault(key, []).append(parameter)
-    return [
-        {
-            "params": parameters,
-            "lr": settings.learning_rate
-            * (settings.head_multiplier if head else 1.0)
-            * (settings.bias_multiplier if bias else 1.0),
-            "weight_decay": 0.0 if bias else settings.weight_decay,
-        }
-        for (head, bias), parameters in groups.items()
-    ]
+            groups.setdefault(values(name, parameter), []).append(parameter)
+    return [{"params": g, "lr": rate, "weight_decay": d} for (rate, d), g in groups.items()]
 
 
 def freeze(backbone: nn.Module, prefixes: Sequence[str], *, norms: bool = False) -> None:

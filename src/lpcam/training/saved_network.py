@@ -35,16 +35,6 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], path: Path) ->
         ) from None
 
 
-def check_same(expected: Mapping[str, Any], metadata: Mapping[str, Any], path: Path) -> None:
-    """Raise an ArtefactError if a file describes another network than the recipe."""
-    for key, wanted in json.loads(json.dumps(expected)).items():
-        if metadata.get(key) != wanted:
-            raise ArtefactError(
-                f"{path} holds a network whose {key} is {metadata.get(key)!r:.200}; the recipe has "
-                f"{wanted!r:.200}: change the recipe, or convert the file with its classes"
-            )
-
-
 class SavedNetwork(nn.Module):
     """A network that is saved in one self-contained safetensors file."""
 
@@ -87,7 +77,13 @@ class SavedNetwork(nn.Module):
     def take(self, path: Path) -> None:
         """Load a file of ``lpcam convert``; ArtefactError names what differs from this network."""
         state, metadata = read_tensors(path)
-        check_same({"kind": self.kind, **self._description()}, metadata, path)
+        expected = json.dumps({"kind": self.kind, **self._description()})
+        for key, wanted in json.loads(expected).items():
+            if (found := metadata.get(key)) != wanted:
+                raise ArtefactError(
+                    f"{path} holds a network whose {key} is {found!r:.200}; the recipe has "
+                    f"{wanted!r:.200}: change the recipe, or convert the file with its classes"
+                )
         load_weights(self.stored, state, path)
 
     def folded(self) -> SavedNetwork:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lpcam.classifiers.classifier import PRETRAINED, Preprocessing, misfit, refuse_not_finite
 from lpcam.runtime.errors import ClassifierError
+from lpcam.training.released import COUNTER
 
 Option = Literal["backbone", "output_stride", "pyramid"]
 
@@ -99,8 +100,12 @@ def refuse_pretrained(backbone: str, weights: str | Path) -> None:
 def load_fitting(
     module: nn.Module, state: Mapping[str, Tensor], name: str, what: str, advice: str
 ) -> None:
-    """Load a file's finite weights into a module, ``what``; ClassifierError if they do not fit."""
+    """Load a file's finite weights into a module, ``what``; ClassifierError if they do not fit.
+
+    Counters of batches, which files of old programs lack and nothing reads, may be missing.
+    """
     own = module.state_dict()
+    state = {k: v for k, v in own.items() if k.endswith(COUNTER)} | {**state}
     if difference := misfit(own, state):
         raise ClassifierError(f"the weights {name!r} do not fit {what}: {difference}; {advice}")
     refuse_not_finite(state, name)

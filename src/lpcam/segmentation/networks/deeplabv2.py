@@ -275,16 +275,13 @@ def _load(network: DeepLabV2, path: Path) -> None:
     """Load the Caffe backbone from a file, and the ASPP where the file has one that fits."""
     state = convert_names(models.read_weights(path))
     head = {k.removeprefix("aspp."): v for k, v in state.items() if k.startswith("aspp.")}
-    own, aspp = network.backbone.state_dict(), network.aspp.state_dict()
     backbone = {k: v for k, v in state.items() if not k.startswith(("fc.", "aspp."))}
-    # Counters of batches, which some files lack, are never read.
-    backbone |= {k: v for k, v in own.items() if k.endswith(".num_batches_tracked")}
     advice = (
         "it takes files of the Caffe ResNet-101 with the names layer1.conv1.conv.weight and so on; "
         "for torchvision's or timm's weights the backbone is resnet101"
     )
     base.load_fitting(network.backbone, backbone, path.name, repr(CAFFE), advice)
-    if {k: v.shape for k, v in head.items()} == {k: v.shape for k, v in aspp.items()}:
+    if head and not models.misfit(network.aspp.state_dict(), head):
         base.load_fitting(network.aspp, head, path.name, "the ASPP", advice)
     elif head:
         logger.info("the ASPP in %s is of other labels or rates and is left out", path.name)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 from typing import Unpack
 
-import safetensors
 import torch
 from torch import Tensor, nn
 
@@ -68,12 +66,8 @@ class WideResNet38Network:
         if not isinstance(hidden, int) or hidden < 1:
             raise ClassifierError(f"hidden is {hidden!r}; give a positive number of channels")
         own, path = models.BackboneSpec(BACKBONE, arguments), Path(weights)
-        names: set[str] = set()
-        if weights != models.RANDOM:
-            caught = suppress(safetensors.SafetensorError, OSError)  # build says what is wrong
-            with caught, safetensors.safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-        if {"backbone.conv1a.weight", "head.weight"} <= names:
+        state = {} if weights == models.RANDOM else models.read_weights(path)
+        if {"backbone.conv1a.weight", "head.weight"} <= state.keys():
             classifier = _load_classifier(path, own)
         else:
             classifier = models.build(own, models.NO_CLASSES, weights=weights, seed=seed)
@@ -82,8 +76,13 @@ class WideResNet38Network:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             network = WideResNet38LargeFov(backbone, labels, hidden=hidden)
-        if weights != models.RANDOM:
-            _load_head(network, path)
+        if head := {k: v for k, v in state.items() if k.startswith(("fc1.", "fc2."))}:
+            advice = (
+                "the file is of other labels or of another network: take fc1 and fc2 out of it to "
+                "train a new head"
+            )
+            layers = nn.ModuleDict({"fc1": network.fc1, "fc2": network.fc2})
+            base.load_fitting(layers, head, path.name, "fc1 and fc2 of this head", advice)
         return network, base.preprocessing_with(
             classifier.preprocessing, first.get("mean"), first.get("std")
         )
@@ -101,21 +100,6 @@ def _load_classifier(path: Path, spec: models.BackboneSpec) -> models.Classifier
             "the same arguments"
         )
     return classifier
-
-
-def _load_head(network: WideResNet38LargeFov, path: Path) -> None:
-    """Take fc1 and fc2 from a file that has them; the backbone was read from it before."""
-    own = network.state_dict()
-    head = {k for k in own if k.startswith(("fc1.", "fc2."))}
-    with safetensors.safe_open(path, framework="pt") as file:
-        state = {name: file.get_tensor(name) for name in sorted(head & set(file.keys()))}
-    if state:
-        rest = {k: v for k, v in own.items() if k not in head}
-        advice = (
-            "the file is of other labels or of another network: take fc1 and fc2 out of it to "
-            "train a new head"
-        )
-        base.load_fitting(network, rest | state, path.name, "fc1 and fc2 of this head", advice)
 
 
 NETWORK = WideResNet38Network()
