@@ -34,9 +34,10 @@ from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.engine import RunEngine, samples
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
+from lpcam.pipeline.sharing import Shared
 from lpcam.runtime.distributed import Processes, Sharing
 from lpcam.runtime.errors import ArtefactError, ClassifierError, DataError, LpcamError, RecipeError
-from lpcam.runtime.files import digest_file, digest_json, link, read_json, write_bytes, write_json
+from lpcam.runtime.files import digest_file, digest_json, read_json, write_bytes, write_json
 from lpcam.runtime.progress import progress
 from lpcam.runtime.resources import (
     available_memory,
@@ -72,23 +73,6 @@ class Given:
 
     folder: Path
     key: str  #: Digest of their contents.
-
-
-@dataclass
-class Shared:
-    """What runs after each other share: their finished results, and features in memory."""
-
-    folders: Sequence[Path] = ()  #: Folders of other runs.
-    store: FeatureStore | None = None
-    key: str = ""  #: Digest of everything that the features depend on.
-
-    def begin(self, folder: Path) -> None:
-        """Give a new run what another one found out about the images and the engine."""
-        other = next((RunFolder(p) for p in self.folders if RunFolder(p).index.is_file()), None)
-        own = RunFolder(folder)
-        if other is not None and not own.index.is_file():
-            write_bytes(own.index, other.index.read_bytes())
-            link(other.engine, own.engine)
 
 
 class Context:
@@ -254,7 +238,8 @@ class Context:
         """Make the results of a task unless they are up to date; tell whether they were made."""
         results, first = task.results, self.processes.first
         self.results |= {result.name: result for result in results}
-        stale = [result for result in results if not (result.done() or self._taken(result))]
+        others = () if self.shared is None else self.shared.folders
+        stale = [one for one in results if not (one.done() or any(map(one.take, others)))]
         wanted = stale if task.apart and not again else results if again or stale else []
         if wanted:
             if self.only is not None and not again:
@@ -287,10 +272,6 @@ class Context:
                 for path in (path for pattern in LEFTOVERS for path in folder.glob(pattern)):
                     path.unlink()
         return bool(wanted)
-
-    def _taken(self, result: Result) -> bool:
-        """Take a result over from a run that shares its results, if one has it."""
-        return self.shared is not None and any(map(result.take, self.shared.folders))
 
     def _index(self) -> tuple[Dataset, dict[str, Record]]:
         """The data set without unreadable images, and a record of each image's files."""
@@ -487,23 +468,20 @@ class Context:
             self.recipe.lpcam.flip or mirror,
             (*self.items("maps"), *self.items("prototypes")),
         )
-        shared = self.shared or Shared()
         key = digest_json([self._weights_key(), self.features_key, flip, layers, self.digest(kept)])
-        if shared.key != key or shared.store is None:
-            shared.store = None  # frees its memory before another one fills
-            shared.store = FeatureStore(
-                classifier,
-                flip=flip,
-                maximum_side=section.maximum_side,
-                dtype=section.features,
-                precision=section.precision,
-                budget=int(self.memory() * FEATURES_SHARE),
-                keep=(item.id for item in kept),
-                early=layers,
-                folded=partial(self._run_engine.classifier, engine=self.engine, layers=layers),
-            )
-            shared.key = key
-        self._store = shared.store
+        make = partial(
+            FeatureStore,
+            classifier,
+            flip=flip,
+            maximum_side=section.maximum_side,
+            dtype=section.features,
+            precision=section.precision,
+            budget=int(self.memory() * FEATURES_SHARE),
+            keep=(item.id for item in kept),
+            early=layers,
+            folded=partial(self._run_engine.classifier, engine=self.engine, layers=layers),
+        )
+        self._store = make() if self.shared is None else self.shared.features(key, make)
         self._passes_before = self._store.passes
         return self._store
 

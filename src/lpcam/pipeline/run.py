@@ -12,10 +12,11 @@ from typing import Any
 
 from lpcam.data.reader import ListName
 from lpcam.pipeline.cache import locked
-from lpcam.pipeline.context import Context, Shared, skips
+from lpcam.pipeline.context import Context, skips
 from lpcam.pipeline.datasets import SEGMENT_LISTS
 from lpcam.pipeline.recipe import Recipe, load_recipe
 from lpcam.pipeline.run_folder import RunFolder
+from lpcam.pipeline.sharing import Shared
 from lpcam.pipeline.stages import REMEDIES, STAGES, Stage
 from lpcam.pipeline.stages.classify import check_labels
 from lpcam.pipeline.stages.refine import import_maps

@@ -103,14 +103,17 @@ def test_names_every_arm_that_cannot_be_built(tmp_path: Path) -> None:
     assert "good" not in str(raised.value)
 
 
+SET = {"name": "x", "changes": {"lpcam.tau": 0.2}}
+
+
 @pytest.mark.parametrize(
     ("experiment", "size", "changes", "names"),
     [
         (made(), "official", {}, "official"),
         (made(arms=[{"name": "a b"}, {"name": "a_b"}]), "tiny", {}, "a_b"),
-        (made(arms=[{"name": "x", "changes": {"lpcam.tau": 0.2}}]), "tiny", {"lpcam.tau": 1}, "lpcam.tau"),
+        (made(arms=[SET]), "tiny", {"lpcam.tau": 1}, "lpcam.tau"),
     ],
-)  # fmt: skip
+)
 def test_refuses_what_cannot_be_planned(
     experiment: Experiment, size: str, changes: dict[str, object], names: str, tmp_path: Path
 ) -> None:

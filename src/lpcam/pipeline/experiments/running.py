@@ -16,13 +16,13 @@ from lpcam.data.dataset import Dataset
 from lpcam.method.choices import format_choices
 from lpcam.method.prototypes import Prototypes, worst
 from lpcam.pipeline.cache import locked
-from lpcam.pipeline.context import Shared
 from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
 from lpcam.pipeline.demo import draw
 from lpcam.pipeline.experiments.definition import Experiment, PlannedRun, SizeName
 from lpcam.pipeline.recipe import Recipe, parse_recipe
 from lpcam.pipeline.run import run
 from lpcam.pipeline.run_folder import RunFolder
+from lpcam.pipeline.sharing import Shared
 from lpcam.runtime.errors import ArtefactError, LpcamError
 from lpcam.runtime.files import digest_json, read_json, write_bytes, write_json
 from lpcam.runtime.resources import available_threads
