@@ -7,8 +7,7 @@ data sets, section 1).
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +28,8 @@ LIST = "train_aug"  #: Name of the list.
 MASKS = "SegmentationClassAug"  #: Folder of the masks of the list and of VOC's val.
 
 
-@dataclass(frozen=True)
-class TrainAug:
-    """The result of `make_train_aug`: the sorted list, and numbers of images by source."""
-
-    ids: tuple[str, ...]
-    masks_folder: Path
-    list_path: Path
-    counts: Mapping[str, int]
-
-
-def make_train_aug(
-    voc: Path, sbd: Path, output: Path | None = None, *, workers: int = 1
-) -> TrainAug:
-    """Write the list ``train_aug`` and index masks of its images and of VOC's val.
+def make_train_aug(voc: Path, sbd: Path, output: Path | None = None, *, workers: int = 1) -> str:
+    """Write the list ``train_aug`` and index masks of its images and VOC's val; what was done.
 
     Images of VOC's train and val get VOC's masks; the others get those of SBD, which have no 255.
     Equal masks that exist are kept, so a stopped call can be repeated. The list is written last.
@@ -122,7 +109,8 @@ def make_train_aug(
         "masks written": written,
         "masks kept": len(everything) - written,
     }
-    return TrainAug(ids, output / MASKS, list_path, counts)
+    told = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+    return f"{told}\nlist {list_path}\nmasks in {output / MASKS}"
 
 
 def _read_mat(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:

@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from lpcam.data.coco.files import name_parts
+from lpcam.data.image_files import other_format
 from lpcam.data.labels import normal_name, read_text
-from lpcam.data.marks import other_format
 from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.files import digest_file
 
