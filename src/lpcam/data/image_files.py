@@ -148,7 +148,11 @@ def _walk(folder: Path, ignored: Collection[Path]) -> tuple[list[tuple[str, Path
 
 def other_format(path: Path) -> str:
     """Text that names the format of a folder's or file's marks and what to do; empty if none."""
-    root, names = (path, _names(path)) if path.is_dir() else (path.parent, [path.name])
+    root, names = path.parent, [path.name]
+    if path.is_dir():
+        files = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+        shown = (p for p in files if not any(part.startswith(".") for part in p.parts))
+        root, names = path, [p.as_posix() for p in shown]
     for mark in FOREIGN_FILES["marks"]:
         contents = mark.get("contents")
         found = [[m for n in names if (m := re.search(p, n))] for p in mark["paths"]]
@@ -159,12 +163,6 @@ def other_format(path: Path) -> str:
                     f"{match.string} is of {mark['name']}; {mark['advice'].replace('{}', folder)}"
                 )
     return ""
-
-
-def _names(root: Path) -> list[str]:
-    """Paths of visible files below a folder."""
-    paths = (path.relative_to(root) for path in sorted(root.rglob("*")) if path.is_file())
-    return [p.as_posix() for p in paths if not any(part.startswith(".") for part in p.parts)]
 
 
 def _head(path: Path) -> bytes:

@@ -181,7 +181,6 @@ def _mask_findings(
 
 
 def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Finding]:
-    """Images whose files are equal byte for byte."""
     groups, found = _Groups(list), _Groups(list)
     for name, digest in digests.items():
         groups[digest].append(name)

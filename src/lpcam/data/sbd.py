@@ -53,7 +53,13 @@ def make_train_aug(voc: Path, sbd: Path, output: Path | None = None, *, workers:
         )
     output = output or root
     train, val = read_list(root, "train"), read_list(root, "val")
-    in_sbd = {i for name in ("train", "val") for i in _sbd_list(dataset / f"{name}.txt")}
+    in_sbd = set[str]()
+    for path in (dataset / "train.txt", dataset / "val.txt"):
+        ids_of_list = [image_id for _, image_id in read_lines(path)]
+        check_unique(ids_of_list, f"list {path}")
+        if not ids_of_list:
+            raise DataError(f"list {path} is empty; download SBD again")
+        in_sbd.update(ids_of_list)
     official = {*train, *val}
     ids = tuple(sorted({*train, *(in_sbd - set(val))}))
     list_path = output / LISTS / f"{LIST}.txt"
@@ -132,11 +138,3 @@ def _read_mat(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:
             f"matrix of integers from 0 to {len(CLASSES)}, as in SBD's cls folder"
         )
     return np.ascontiguousarray(values, dtype=np.uint8)
-
-
-def _sbd_list(path: Path) -> list[str]:
-    ids = [image_id for _, image_id in read_lines(path)]
-    if not ids:
-        raise DataError(f"list {path} is empty; download SBD again")
-    check_unique(ids, f"list {path}")
-    return ids

@@ -199,7 +199,6 @@ def _line_ids(stored: Collection[str], line: str, where: str) -> list[str]:
 def _present(
     root: Path, image_id: str, labelled: bool, given: Mapping[str, set[str]] | None
 ) -> set[str]:
-    """Names of the classes that an image shows."""
     if given is not None:
         if labelled and image_id not in given:
             raise DataError(f"the file of labels has no line of {image_id}; add one")

@@ -243,7 +243,6 @@ def import_maps(
 
 
 def _find_files(source: Path) -> dict[str, Path]:
-    """Files by their names, which are ids."""
     files = {
         safe_id(path.relative_to(source).with_suffix("").as_posix()): path
         for path in sorted(source.rglob("*.npy"))

@@ -182,87 +182,87 @@ def open_annotated(
     ).opened()
 
 
-class CocoFolder(AnnotatedImages):
+def read_coco(root: Path, *, crowds: Crowds = "background", **options: Any) -> AnnotatedImages:
     """The data set of one or several annotation files and their images.
 
     An item's id is ``NAME/`` (of the list) and the file name without extension; ``NAME/`` is left
-    out for the only file and for one whose images all have COCO's own names.
+    out for the only file and for one whose images all have COCO's own names. ``options`` are values
+    of :class:`lpcam.data.reader.Request`; DataError if files are missing, wrong or disagree.
     """
-
-    def __init__(self, root: Path, *, crowds: Crowds = "background", **options: Any) -> None:
-        request = Request(root, **options)
-        folder, paths, found = find_files(root, request.lists)
-        read = partial(CocoFile.read, crowds_are_objects=crowds == "objects")
-        files = {name: read(path) for name, path in paths.items()}
-        first, *others = files.values()
-        for file in others:
-            if file.categories != first.categories:
-                number, category = min({*first.categories} ^ {*file.categories}, key=str)
-                raise DataError(
-                    f"{first.path} and {file.path} have different categories, first {number} "
-                    f"({category}); read them one at a time"
-                )
-        images: dict[str, PlacedImage] = {}
-        skipped: list[Skip] = []
-        members: dict[str, list[str]] = {}
-        listing, moved = cache(listing_of), list[str]()
-        for name, file in files.items():
-            own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
-            alone = [*found.values()] == [file.path]
-            alone = alone or all(own.fullmatch(image.file_name) for image in file.images)
-            places = image_folders(folder, name, file.path)
-            reason = f"its image is not in {' or '.join(map(str, places))}"
-            members[name] = []
-            for entry in file.images:
-                image, below = find_image(places, entry.file_name, listing)
-                image_id = ("" if alone else f"{name}/") + _item_id(file.path, below)
-                if image_id in images:
-                    other = images[image_id].source.path
-                    both = f"{other} and {file.path} have two images with the id {image_id!r}"
-                    raise DataError(f"{both}, the second is {entry.file_name!r}; rename one")
-                images[image_id] = PlacedImage(file, entry._replace(file_name=below), image)
-                if image is None:
-                    skipped.append(Skip(image_id, reason))
-                else:
-                    if len(name_parts(entry.file_name)) > len(name_parts(below)):
-                        moved.append(f"{entry.file_name!r} is {image}")
-                    members[name].append(image_id)
-        members[ALL] = [image_id for ids in members.values() for image_id in ids]
-        wanted = {given.removesuffix(LABELLED) for given in request.lists or ()}
-        for name, file in files.items():
-            if not members[name] and (name in wanted or not members[ALL]):
-                given = file.images[0].file_name
-                last = name_parts(given)[-1:]
-                there = shortened([str(p) for p in folder.rglob("*") if p.name in last])
-                raise DataError(
-                    f"none of the {len(file.images)} images of {file.path} is there: {given!r} is "
-                    f"in none of {', '.join(map(str, image_folders(folder, name, file.path)))}; "
-                    f"{f'there is {there}; ' * bool(there)}put the images into one of the folders"
-                )
-        notices = [f"{file.path.name}: {one}" for file in files.values() for one in file.notices]
-        if moved:
-            notices.append(f"images found by the end of their file_name: {len(moved)}; {moved[0]}")
-        short = [path.name for path in paths.values()]
-        if len({*short}) < len(short):
-            short = [f"{path.parent.name}/{path.name}" for path in paths.values()]
-        is_coco = first.categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
-        super().__init__(
-            request,
-            [*files.values()],
-            images,
-            name="coco14" if is_coco else folder.resolve().name,
-            lists={},
-            source=f"{next(iter(paths.values()))}, categories,",
-            label_source=f"annotations ({', '.join(short)}), crowds included",
-            skipped=tuple(skipped),
-            notices=notices,
-        )
-        made = {
-            name + ending: tuple(i for i in ids if not ending or self.dataset.items[i].labels)
-            for name, ids in members.items()
-            for ending in ("", LABELLED)
-        }
-        self.dataset = replace(self.dataset, lists=made)
+    request = Request(root, **options)
+    folder, paths, found = find_files(root, request.lists)
+    read = partial(CocoFile.read, crowds_are_objects=crowds == "objects")
+    files = {name: read(path) for name, path in paths.items()}
+    first, *others = files.values()
+    for file in others:
+        if file.categories != first.categories:
+            number, category = min({*first.categories} ^ {*file.categories}, key=str)
+            raise DataError(
+                f"{first.path} and {file.path} have different categories, first {number} "
+                f"({category}); read them one at a time"
+            )
+    images: dict[str, PlacedImage] = {}
+    skipped: list[Skip] = []
+    members: dict[str, list[str]] = {}
+    listing, moved = cache(listing_of), list[str]()
+    for name, file in files.items():
+        own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
+        alone = [*found.values()] == [file.path]
+        alone = alone or all(own.fullmatch(image.file_name) for image in file.images)
+        places = image_folders(folder, name, file.path)
+        reason = f"its image is not in {' or '.join(map(str, places))}"
+        members[name] = []
+        for entry in file.images:
+            image, below = find_image(places, entry.file_name, listing)
+            image_id = ("" if alone else f"{name}/") + _item_id(file.path, below)
+            if image_id in images:
+                other = images[image_id].source.path
+                both = f"{other} and {file.path} have two images with the id {image_id!r}"
+                raise DataError(f"{both}, the second is {entry.file_name!r}; rename one")
+            images[image_id] = PlacedImage(file, entry._replace(file_name=below), image)
+            if image is None:
+                skipped.append(Skip(image_id, reason))
+            else:
+                if len(name_parts(entry.file_name)) > len(name_parts(below)):
+                    moved.append(f"{entry.file_name!r} is {image}")
+                members[name].append(image_id)
+    members[ALL] = [image_id for ids in members.values() for image_id in ids]
+    wanted = {given.removesuffix(LABELLED) for given in request.lists or ()}
+    for name, file in files.items():
+        if not members[name] and (name in wanted or not members[ALL]):
+            given = file.images[0].file_name
+            last = name_parts(given)[-1:]
+            there = shortened([str(p) for p in folder.rglob("*") if p.name in last])
+            raise DataError(
+                f"none of the {len(file.images)} images of {file.path} is there: {given!r} is "
+                f"in none of {', '.join(map(str, image_folders(folder, name, file.path)))}; "
+                f"{f'there is {there}; ' * bool(there)}put the images into one of the folders"
+            )
+    notices = [f"{file.path.name}: {one}" for file in files.values() for one in file.notices]
+    if moved:
+        notices.append(f"images found by the end of their file_name: {len(moved)}; {moved[0]}")
+    short = [path.name for path in paths.values()]
+    if len({*short}) < len(short):
+        short = [f"{path.parent.name}/{path.name}" for path in paths.values()]
+    is_coco = first.categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
+    made = AnnotatedImages(
+        request,
+        [*files.values()],
+        images,
+        name="coco14" if is_coco else folder.resolve().name,
+        lists={},
+        source=f"{next(iter(paths.values()))}, categories,",
+        label_source=f"annotations ({', '.join(short)}), crowds included",
+        skipped=tuple(skipped),
+        notices=notices,
+    )
+    lists = {
+        name + ending: tuple(i for i in ids if not ending or made.dataset.items[i].labels)
+        for name, ids in members.items()
+        for ending in ("", LABELLED)
+    }
+    made.dataset = replace(made.dataset, lists=lists)
+    return made
 
 
 def _item_id(path: Path, file_name: str) -> str:
@@ -277,7 +277,6 @@ def _item_id(path: Path, file_name: str) -> str:
 def _notices(
     files: Sequence[CocoFile], chosen: Sequence[str], items: Mapping[str, Item]
 ) -> tuple[str, ...]:
-    """Notices for the user about labels and masks."""
     images = [image for file in files for image in file.images]
     every = [one for image in images for one in image.annotations]
     both = Counter(one.category_id for one in every)
@@ -334,7 +333,7 @@ class CocoReader(Reader):
     def open(self, request: Request) -> Opened:
         """Read labels from the annotations; masks can be painted from them."""
         settings = request.settings or CocoSection()
-        folder = CocoFolder(crowds=settings.crowds, **vars(request))
+        folder = read_coco(crowds=settings.crowds, **vars(request))
         if request.masks is None and "crowds" not in settings.model_fields_set:
             every = [(i.source, one) for i in folder.images.values() for one in i.entry.annotations]
             crowds = [file for file, one in every if one.is_crowd and one.segmentation]

@@ -185,7 +185,6 @@ def _area(annotation: CocoAnnotation, size: tuple[int, int]) -> float:
 
 
 def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels of an annotation, bool (H, W)."""
     shape = annotation.segmentation
     try:
         if callable(shape):

@@ -322,7 +322,6 @@ def _digest(module: nn.Module) -> str:
 
 
 def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str | None) -> str:
-    """The model card, in Markdown."""
     header = {
         "library_name": "lpcam",
         "pipeline_tag": "image-classification",
@@ -350,8 +349,6 @@ def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str 
 
 
 class _Features(nn.Module):
-    """The feature map of a classifier, as a module."""
-
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier
