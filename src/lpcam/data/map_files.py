@@ -86,7 +86,7 @@ def read_maps(path: Path) -> MapFile:
         raise _damaged(path, str(error)) from error
     if kind != "fg":
         raise _damaged(path, f"its format is {kind!r}, not 'fg'")
-    maps = MapFile(keys, *planes, made_by)
+    maps = MapFile(keys, planes[0], planes[1], made_by)
     _check_maps(path, maps)
     return maps
 

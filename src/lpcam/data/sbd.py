@@ -21,8 +21,7 @@ from lpcam.data.masks import read_index_mask, write_mask
 from lpcam.data.voc import CLASSES, LISTS, find_root, read_list
 from lpcam.runtime.errors import DataError, import_extra
 from lpcam.runtime.files import write_bytes
-from lpcam.runtime.parallel import ordered_map
-from lpcam.runtime.progress import progress
+from lpcam.runtime.parallel import progress_map
 
 LIST = "train_aug"  #: Name of the list.
 MASKS = "SegmentationClassAug"  #: Folder of the masks of the list and of VOC's val.
@@ -99,11 +98,7 @@ def make_train_aug(voc: Path, sbd: Path, output: Path | None = None, *, workers:
             raise DataError(f"{target} exists and differs from {path}; {way}")
         return False
 
-    written = 0
-    with progress("masks", len(everything)) as advance:
-        for new in ordered_map(make, everything, workers):
-            written += new
-            advance(1, "")
+    written = sum(progress_map("masks", make, everything, workers))
     if not list_path.is_file():
         write_bytes(list_path, "".join(f"{image_id}\n" for image_id in ids).encode())
     counts = {

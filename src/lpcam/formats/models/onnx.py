@@ -57,8 +57,8 @@ class ExportModule(nn.Module, abc.ABC):
     output: str  #: Name of the output beside ``logits``.
     limit: float  #: Largest accepted error of that output.
     grid = ""  #: What the height and width of outputs are called before these words.
-    mean: Tensor
-    std: Tensor
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self, preprocessing: Preprocessing | None, channels: int = 3, multiple: int = 1
@@ -66,7 +66,8 @@ class ExportModule(nn.Module, abc.ABC):
         super().__init__()
         self.takes_pixels = preprocessing is not None
         for name, values in asdict(preprocessing).items() if preprocessing else ():
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
+            # in the file "mean" is also the name of a step
+            self.register_buffer(f"pixel_{name}", torch.tensor(values)[:, None, None])
         self.channels, self.multiple = channels, multiple
         self.input = "image" if preprocessing else "images"
 
@@ -86,7 +87,7 @@ class ExportModule(nn.Module, abc.ABC):
         """Normalised float32 (B, c, H, W) of the file's input."""
         if not self.takes_pixels:
             return images
-        return (images.permute(0, 3, 1, 2).float() / 255.0 - self.mean) / self.std
+        return (images.permute(0, 3, 1, 2).float() / 255.0 - self.pixel_mean) / self.pixel_std
 
     def example(self, count: int, size: tuple[int, int]) -> Tensor:
         """An input of ``count`` images of a size, for tracing and comparing."""
