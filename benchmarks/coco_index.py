@@ -30,7 +30,7 @@ from benchmarks.measure import (
     table,
     verdict,
 )
-from lpcam.data.coco.dataset import COCO_CATEGORIES, CocoFolder
+from lpcam.data.coco.dataset import COCO_CATEGORIES, AnnotatedImages, read_coco
 
 IMAGES, ANNOTATIONS = 82_783, 604_907
 """Of instances_train2014.json."""
@@ -163,7 +163,7 @@ def start(path: str) -> dict[str, Any]:
 def ours(path: str) -> dict[str, Any]:
     """Labels and lists of every image by this package."""
     started = time.perf_counter()
-    dataset = CocoFolder(Path(path)).dataset
+    dataset = read_coco(Path(path)).dataset
     seconds = time.perf_counter() - started
     labels = sum(len(item.labels) for item in dataset.items.values())
     return {
@@ -196,7 +196,7 @@ def theirs(path: str) -> dict[str, Any]:
 
 def paint_some(path: str) -> dict[str, Any]:
     """Masks a second of the first images."""
-    folder = CocoFolder(Path(path))
+    folder = read_coco(Path(path))
     chosen = folder.dataset.lists["all"][:PAINTED]
     with TemporaryDirectory() as masks:
         folder.with_masks(Path(masks), chosen[:1])  # digest and imports
@@ -210,7 +210,7 @@ def paint_some(path: str) -> dict[str, Any]:
     }
 
 
-def _unchanged(folder: CocoFolder, masks: Path, chosen: Sequence[str]) -> float:
+def _unchanged(folder: AnnotatedImages, masks: Path, chosen: Sequence[str]) -> float:
     """Seconds of a call that finds every mask painted: the digest of the file, above all."""
     started = time.perf_counter()
     folder.with_masks(masks, chosen)

@@ -70,14 +70,6 @@ def test_maps(
         assert "give its score" in capsys.readouterr().err
 
 
-def test_the_model(folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "m.pt2"
-    told = export(capsys, "torch-export", folder.path, path, "--size", 64, 80)
-    assert f"wrote {path}, for images of one size" in told and "maps" in told
-    images = torch.zeros(1, 64, 80, 3, dtype=torch.uint8)
-    assert torch.export.load(path).module()(images)[1].shape == (1, 3, 64, 80)
-
-
 def test_networks_as_onnx(
     folder: RunFolder,
     tmp_path: Path,

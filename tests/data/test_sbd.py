@@ -72,51 +72,61 @@ def sbd(tmp_path: Path) -> Path:
     return dataset
 
 
+IDS = (*TRAIN, "2008_000001", "2008_000002")
+"""All of train, of SBD what is not in val, sorted."""
+
+
+def list_of(voc: Path) -> Path:
+    return voc / "ImageSets/Segmentation/train_aug.txt"
+
+
+def counted(told: str) -> list[int]:
+    """The numbers in the first line of what was done."""
+    return [int(part.rpartition(" ")[2]) for part in told.partition("\n")[0].split(", ")]
+
+
 def test_list_and_masks(voc: Path, sbd: Path) -> None:
-    made = make_train_aug(voc.parent, sbd.parent, workers=2)
-    # all of train, of SBD what is not in val, sorted
-    assert made.ids == (*TRAIN, "2008_000001", "2008_000002")
-    assert made.list_path.read_text() == "".join(f"{i}\n" for i in made.ids)
-    assert made.masks_folder == voc / "SegmentationClassAug"
-    assert [*made.counts.values()] == [2, 2, 4, 1, 4, 6, 0]
-    written = {path.stem: read_index_mask(path) for path in made.masks_folder.iterdir()}
+    told = make_train_aug(voc.parent, sbd.parent, workers=2)
+    assert counted(told) == [2, 2, 4, 1, 4, 6, 0]
+    folder = voc / "SegmentationClassAug"
+    assert str(list_of(voc)) in told and str(folder) in told
+    assert list_of(voc).read_text() == "".join(f"{i}\n" for i in IDS)
+    written = {path.stem: read_index_mask(path) for path in folder.iterdir()}
     assert written.keys() == {*TRAIN, *VAL, "2008_000001", "2008_000002"}
     for image_id, mask in written.items():
         own = voc_mask if image_id in (*TRAIN, *VAL) else sbd_mask
         np.testing.assert_array_equal(mask, own(image_id), err_msg=image_id)
-    dataset = with_mask_folder(read_voc(voc, lists=["train_aug"]), made.masks_folder)
-    assert dataset.lists["train_aug"] == made.ids
+    dataset = with_mask_folder(read_voc(voc, lists=["train_aug"]), folder)
+    assert dataset.lists["train_aug"] == IDS
     assert all(item.mask is not None for item in dataset.items.values())
 
 
 def test_a_second_call_goes_on_where_the_first_was(voc: Path, sbd: Path) -> None:
-    first = make_train_aug(voc, sbd)
-    first.list_path.unlink()
-    lost = first.masks_folder / "2008_000002.png"
+    make_train_aug(voc, sbd)
+    list_of(voc).unlink()
+    lost, kept = (voc / "SegmentationClassAug" / f"{i}.png" for i in ("2008_000002", "2008_000001"))
     lost.unlink()
-    kept = first.masks_folder / "2008_000001.png"
     Image.fromarray(sbd_mask("2008_000001")).save(kept)  # equal values, other bytes
     before = kept.read_bytes()
-    again = make_train_aug(voc, sbd)
-    assert again.ids == first.ids and first.list_path.is_file() and lost.is_file()
-    assert (again.counts["masks written"], again.counts["masks kept"]) == (1, 5)
+    assert counted(make_train_aug(voc, sbd))[-2:] == [1, 5]
+    assert list_of(voc).is_file() and lost.is_file()
     assert kept.read_bytes() == before
 
 
 def test_nothing_that_differs_is_replaced(voc: Path, sbd: Path) -> None:
-    made = make_train_aug(voc, sbd)
+    make_train_aug(voc, sbd)
     for text in (
         "2008_000001\n2007_000001\n2009_000009\n",
-        "".join(f"{i}\n" for i in reversed(made.ids)),
+        "".join(f"{i}\n" for i in reversed(IDS)),
     ):
-        made.list_path.write_text(text)
+        list_of(voc).write_text(text)
         with pytest.raises(DataError, match=r"train_aug\.txt exists"):
             make_train_aug(voc, sbd)
-        assert made.list_path.read_text() == text
+        assert list_of(voc).read_text() == text
     # the same list as integers
-    made.list_path.write_text("\n".join(i.replace("_", "") for i in made.ids))
+    list_of(voc).write_text("\n".join(i.replace("_", "") for i in IDS))
     make_train_aug(voc, sbd)
-    Image.fromarray(np.zeros(SIZE, np.uint8)).save(made.masks_folder / "2008_000001.png")
+    Image.fromarray(np.zeros(SIZE, np.uint8)).save(voc / "SegmentationClassAug" / "2008_000001.png")
     with pytest.raises(DataError, match=r"2008_000001\.png .* differs from .*mat"):
         make_train_aug(voc, sbd)
 

@@ -14,7 +14,7 @@ import torch
 
 from lpcam.data.dataset import Item
 from lpcam.runtime.distributed import Processes, Sharing
-from lpcam.runtime.parallel import AHEAD, ordered_map
+from lpcam.runtime.parallel import AHEAD, ordered_map, progress_map
 
 
 @pytest.mark.parametrize("workers", [1, 2, 5])
@@ -25,6 +25,7 @@ def test_results_come_in_the_order_of_the_items(workers: int) -> None:
 
     assert list(ordered_map(slow_first, range(20), workers)) == [n * n for n in range(20)]
     assert list(ordered_map(slow_first, [], workers)) == []
+    assert list(progress_map("squares", slow_first, range(5), workers)) == [0, 1, 4, 9, 16]
 
 
 def test_workers_work_at_the_same_time() -> None:

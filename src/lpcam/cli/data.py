@@ -110,9 +110,7 @@ def check(
 )
 def train_aug(call: Invocation, voc_folder: Path, sbd_folder: Path, output: Path | None) -> int:
     """Make the list train_aug and its masks from VOC 2012 and SBD."""
-    made = sbd.make_train_aug(voc_folder, sbd_folder, output, workers=call.threads)
-    print(", ".join(f"{name}: {count:,}" for name, count in made.counts.items()))
-    print(f"list {made.list_path}\nmasks in {made.masks_folder}")
+    print(sbd.make_train_aug(voc_folder, sbd_folder, output, workers=call.threads))
     return 0
 
 

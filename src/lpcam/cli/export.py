@@ -23,7 +23,7 @@ from lpcam.runtime.errors import LpcamError
 
 mask_files = Lazy("lpcam.formats.masks.export")
 map_files = Lazy("lpcam.formats.map_folders")
-models = Lazy("lpcam.formats.models.exporters")
+models = Lazy("lpcam.formats.models.lpcam_model")
 segmenters = Lazy("lpcam.segmentation.export")
 networks = Lazy("lpcam.segmentation.networks.registry")
 voc_server = Lazy("lpcam.formats.voc_server")
@@ -120,12 +120,6 @@ def export_maps(
 def export_onnx(call: Invocation, run: Path, output: Path, size: list[int] | None) -> int:
     """Write classifier and prototypes as one ONNX file."""
     return _write(models.export_onnx, lpcam.RunFolder(run).model(), output, size)
-
-
-@command("export torch-export", RUN, FILE, SIZE)
-def export_program(call: Invocation, run: Path, output: Path, size: list[int] | None) -> int:
-    """Write classifier and prototypes as a torch.export program."""
-    return _write(models.export_program, lpcam.RunFolder(run).model(), output, size)
 
 
 @command("export segmenter", RUN, FILE, SIZE, TRAINED_ON)

@@ -53,13 +53,11 @@ def _ellipse(
 
 
 def _curve(start: complex, bend: complex, end: complex, count: int = 12) -> list[complex]:
-    """Points of a quadratic Bézier curve."""
     steps = np.linspace(0.0, 1.0, count).tolist()
     return [(1 - t) ** 2 * start + 2 * t * (1 - t) * bend + t * t * end for t in steps]
 
 
 def _along(step: complex) -> complex:
-    """The direction of a step, of length 1."""
     return step / (math.hypot(step.real, step.imag) or 1.0)
 
 

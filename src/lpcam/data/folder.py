@@ -19,10 +19,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from lpcam.data import labels as tables
 from lpcam.data.dataset import (
@@ -38,9 +38,8 @@ from lpcam.data.dataset import (
     with_mask_folder,
     without_suffix,
 )
-from lpcam.data.image_files import list_images
+from lpcam.data.image_files import list_images, other_format
 from lpcam.data.images import IMAGE_SUFFIXES
-from lpcam.data.marks import other_format
 from lpcam.data.reader import Opened, Reader, Request
 from lpcam.runtime.errors import DataError, shortened
 
@@ -50,15 +49,7 @@ _NO_CLASS = re.compile("|".join(NAMES["folders"]))
 _TRUTH = frozenset(["mask", "masks", "label", "labels", "annotations", "ground_truth", "gt"])
 
 
-def read_folder(
-    root: Path,
-    *,
-    classes: Sequence[str] | None = None,
-    labels: Path | Literal["folders"] | None = None,
-    masks: Path | None = None,
-    separator: str | None = None,
-    no_class: Sequence[str] = (),
-) -> Dataset:
+def read_folder(root: Path, **options: Any) -> Dataset:
     """Read a user's folder (layout above): every labelled image, and lists with one named ``all``.
 
     The table may name an image with or without its extension and a leading ``images/``. Classes are
@@ -66,9 +57,9 @@ def read_folder(
     without an image and an image without a row are left out, with the reason.
 
     Args:
-        labels: a table in any folder; or ``"folders"``: the label of ``cow/barn/7`` is ``cow``.
-            None: ``labels.csv`` or ``labels.jsonl`` of the folder.
-        classes, masks, separator, no_class: as in :func:`lpcam.data.open_dataset.open_dataset`.
+        options: values of :class:`lpcam.data.reader.Request`. Its ``labels`` are a table in any
+            folder; or ``"folders"``: the label of ``cow/barn/7`` is ``cow``; or None:
+            ``labels.csv`` or ``labels.jsonl`` of the folder.
 
     Raises:
         DataError: naming the file and line that is wrong, doubtful or missing.
@@ -80,6 +71,8 @@ def read_folder(
         >>> read_folder(folder).items["a"].labels
         (0, 1)
     """
+    request = Request(root, **options)
+    labels, masks = request.labels, request.masks
     if not root.is_dir():
         raise DataError(
             f"there is no folder {root}; give the folder that holds labels.csv or, in a run, set "
@@ -89,11 +82,13 @@ def read_folder(
     path = labels if isinstance(labels, Path) else None
     if labels is None:
         path = next((root / name for name in tables.TABLES if (root / name).is_file()), None)
-    if (root / "import.json").is_file():  # names that lpcam import wrote are one each
-        separator = separator or ";"
+    # names that lpcam import wrote are one each
+    separator = request.separator or (";" if (root / "import.json").is_file() else None)
     listed = root / "classes.txt"
     own = tables.read_names(listed, separator) if listed.is_file() else None
-    split = partial(tables.split_labels, separator=separator, known={*no_class, *(own or ())})
+    split = partial(
+        tables.split_labels, separator=separator, known={*request.no_class, *(own or ())}
+    )
     table = None if path is None else tables.read_labels(path, split)
     images, skipped, notices = _find_images(root, images_root, masks, path)
     if path is None and labels is None and (found := other_format(root)):
@@ -112,14 +107,15 @@ def read_folder(
             f"(extensions {' '.join(sorted(IMAGE_SUFFIXES))}) and name them in {table.path.name}"
         )
     names, first = own or table.classes, table.places
+    chosen = request.classes and [*map(tables.normal_name, request.classes)]
     if names is None and separator is None:
-        tables.check_label_names(first, numbers=path is None or {*first} <= {*(classes or ())})
-    chosen = ClassTable.numbered(
+        tables.check_label_names(first, numbers=path is None or {*first} <= {*(chosen or ())})
+    classes = ClassTable.numbered(
         names,
         listed if own else table.path,
-        None if classes is None else [*map(tables.normal_name, classes)],
+        chosen,
         labels=first,
-        no_class=[*map(tables.normal_name, no_class)],
+        no_class=[*map(tables.normal_name, request.no_class)],
         own=own is not None,
         masked=masks is not None or (root / "masks").is_dir(),
     )
@@ -127,7 +123,9 @@ def read_folder(
     present = _labels_by_image(table, images, images_root, skipped, notices)
     for image_id in images.keys() - present.keys() - skipped.keys():
         skipped[image_id] = Skip(image_id, f"it has no line in {table.path.name}; add one")
-    dropped = Counter(n for of_image in present.values() for n in of_image if n not in chosen.names)
+    dropped = Counter(
+        n for of_image in present.values() for n in of_image if n not in classes.names
+    )
     if dropped:
         counts = shortened([f"{name} {count}" for name, count in sorted(dropped.items())], 20)
         notices.append(f"dropped labels that are no class or were not chosen: {counts}")
@@ -139,14 +137,14 @@ def read_folder(
         notices.append("parts/ is not used: parts.json with the value of each part is missing")
     items = {}
     for i in sorted(present):
-        shown = tuple(n for n, name in enumerate(chosen.names) if name in present[i])
+        shown = tuple(n for n, name in enumerate(classes.names) if name in present[i])
         file_name = images[i].relative_to(images_root).as_posix()
         part = parts.get(i) if part_names else None
         items[i] = Item(i, images[i], shown, truth.get(i), part, file_name)
     lists = _read_lists(root / "lists", images, items, skipped)
     dataset = Dataset(
         name=root.resolve().name,
-        classes=chosen,
+        classes=classes,
         items=items,
         lists={**lists, "all": tuple(items)},
         label_source="folders of the images" if path is None else path.name,
@@ -345,7 +343,7 @@ class FolderReader(Reader):
 
     def open(self, request: Request) -> Opened:
         """Read labels from a table or from the names of folders."""
-        return Opened(read_folder(request.root, **request.options))
+        return Opened(read_folder(**vars(request)))
 
 
 READER = FolderReader()

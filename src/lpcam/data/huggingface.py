@@ -127,7 +127,6 @@ def import_huggingface(
 
 
 def _open(library: Any, source: Any, split: str | None) -> Any:
-    """Open one split as a Dataset."""
     found = source
     if isinstance(source, str | Path):
         try:

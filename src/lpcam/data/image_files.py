@@ -1,23 +1,31 @@
-"""Image files of a folder: which are read, which are not, and what else lies there."""
+"""Files of a folder: images that are read, files that are not, and marks of other tools."""
 
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
 
 from lpcam.data.dataset import Dataset, Item, Skip, check_unique, safe_id
 from lpcam.data.images import IMAGE_SUFFIXES, is_image
-from lpcam.data.marks import FOREIGN_FILES
 from lpcam.runtime.errors import DataError, shortened
 
 NEGATIVES = "negatives"
 """Name of the list of images that show none of the classes, and the beginning of their ids."""
-
+FOREIGN_FILES: dict[str, Any] = yaml.safe_load(
+    resources.files("lpcam.data").joinpath("foreign_files.yaml").read_text("utf-8")
+)
+"""What is known of other tools' files: ``marks``, and image files that are ``unread``."""
+_OPENED = 5  # files whose contents are looked at for a mark
 _UNREAD: dict[str, str] = {
     ending: how for endings, how in FOREIGN_FILES["unread"].items() for ending in endings.split()
 }
@@ -136,3 +144,28 @@ def _walk(folder: Path, ignored: Collection[Path]) -> tuple[list[tuple[str, Path
             else:
                 found.append((text, path))
     return sorted(found), hidden
+
+
+def other_format(path: Path) -> str:
+    """Text that names the format of a folder's or file's marks and what to do; empty if none."""
+    root, names = path.parent, [path.name]
+    if path.is_dir():
+        files = (file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file())
+        shown = (p for p in files if not any(part.startswith(".") for part in p.parts))
+        root, names = path, [p.as_posix() for p in shown]
+    for mark in FOREIGN_FILES["marks"]:
+        contents = mark.get("contents")
+        found = [[m for n in names if (m := re.search(p, n))] for p in mark["paths"]]
+        for match in found[0][:_OPENED] if all(found) else ():
+            if not contents or re.search(contents.encode(), _head(root / match.string)):
+                folder = f"{root}/{match[1] or ''}" if match.groups() else ""
+                return (
+                    f"{match.string} is of {mark['name']}; {mark['advice'].replace('{}', folder)}"
+                )
+    return ""
+
+
+def _head(path: Path) -> bytes:
+    with suppress(OSError), path.open("rb") as file:
+        return file.read(1 << 16)
+    return b""

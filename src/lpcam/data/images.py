@@ -209,11 +209,7 @@ def _turn(image: Image.Image) -> int:
 def _is_deep(image: Image.Image) -> bool:
     """Tell if an image has more than 8 bits a channel, from its header."""
     tiles: Any = getattr(image, "tile", ())  # of a file that is opened
-    return _is_deep_grey(image) or any(";16" in str(tile[3]) for tile in tiles)
-
-
-def _is_deep_grey(image: Image.Image) -> bool:
-    return image.mode[0] in "FI"
+    return image.mode[0] in "FI" or any(";16" in str(tile[3]) for tile in tiles)
 
 
 def load_values(
@@ -246,13 +242,13 @@ def load_values(
             vars(image)["filename"] = ""  # Pillow 13 maps a turned TIFF wrongly into memory
             image.load()  # which turns a TIFF upright
             values: NDArray[Any] | None = None
-            if deep and not _is_deep_grey(image):
+            if deep and image.mode[0] not in "FI":
                 values = _colour_values(image, source, reading)
             if not reading.stored:
                 with contextlib.suppress(Exception):
                     ImageOps.exif_transpose(image, in_place=True)
             found = image.transpose(_TURNED_BACK[turn]) if reading.stored and turn > 1 else image
-            return found, np.asarray(found) if _is_deep_grey(found) else values
+            return found, np.asarray(found) if found.mode[0] in "FI" else values
     except Exception as error:  # decoders raise anything on damaged data
         raise _unreadable(name, error) from error
 
@@ -281,7 +277,7 @@ def to_rgb(
     image: Image.Image, span: Span = None, values: Values | None = None
 ) -> NDArray[np.uint8]:
     """Convert a decoded image to RGB as `read_image` does; ValueError if its range is unknown."""
-    if values is None and _is_deep_grey(image):
+    if values is None and image.mode[0] in "FI":
         values = np.asarray(image)
     if values is not None:
         grey = scale_values(values, span)

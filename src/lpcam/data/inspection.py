@@ -13,10 +13,9 @@ import numpy as np
 
 from lpcam.data.coco.files import ALL, LABELLED
 from lpcam.data.dataset import BACKGROUND, IGNORE, Dataset, Item, Skip, by_reason
-from lpcam.data.label_findings import label_findings
 from lpcam.data.open_dataset import Truth
 from lpcam.data.pixels import MaskLook, mask_findings, measure
-from lpcam.data.survey import Estimate, Finding, ListCounts, Survey, count_of
+from lpcam.data.survey import Estimate, Finding, ListCounts, Survey, count_of, label_findings
 from lpcam.data.validation import check_images
 from lpcam.runtime.errors import LpcamError, shortened
 from lpcam.runtime.parallel import ordered_map
@@ -182,7 +181,6 @@ def _mask_findings(
 
 
 def _duplicates(dataset: Dataset, digests: Mapping[str, str]) -> Iterator[Finding]:
-    """Images whose files are equal byte for byte."""
     groups, found = _Groups(list), _Groups(list)
     for name, digest in digests.items():
         groups[digest].append(name)

@@ -338,7 +338,6 @@ def _columns(cells: list[str], where: str, split: Split) -> tuple[str, ...] | No
 
 
 def _hot(cells: list[str], classes: tuple[str, ...], where: str) -> tuple[str, ...]:
-    """The classes whose cells are 1."""
     values = [_TRUE_FALSE.get(cell.strip().casefold()) for cell in cells]
     if None in values:
         column = values.index(None)

@@ -76,20 +76,19 @@ def read_maps(path: Path) -> MapFile:
     try:
         archive = np.load(io.BytesIO(data), allow_pickle=False)
         keys = archive["keys"]
-        cam, high_res = (_restore(archive[n], archive[f"{n}_scale"]) for n in ("cam", "high_res"))
+        planes = []
+        for name in ("cam", "high_res"):
+            values, scale = archive[name], archive[f"{name}_scale"]
+            unit = values.astype(np.float32) / np.float32(255 if values.dtype == np.uint8 else 1)
+            planes.append(unit * scale[:, None, None])
         made_by, kind = json.loads(archive["made_by"].tobytes()), str(archive["format"])
     except Exception as error:  # a damaged archive makes zipfile, zlib and numpy raise anything
         raise _damaged(path, str(error)) from error
     if kind != "fg":
         raise _damaged(path, f"its format is {kind!r}, not 'fg'")
-    maps = MapFile(keys, cam, high_res, made_by)
+    maps = MapFile(keys, planes[0], planes[1], made_by)
     _check_maps(path, maps)
     return maps
-
-
-def _restore(values: NDArray[Any], scale: NDArray[np.float32]) -> NDArray[np.float32]:
-    unit = values.astype(np.float32) / np.float32(255 if values.dtype == np.uint8 else 1)
-    return unit * scale[:, None, None]
 
 
 def _check_maps(path: Path, maps: MapFile) -> None:

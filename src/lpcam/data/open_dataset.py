@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from lpcam.data.marks import other_format
+from lpcam.data.image_files import other_format
 from lpcam.data.pixels import given_reading
 from lpcam.data.reader import READERS, Opened, Request, TrueMask
 from lpcam.runtime.errors import DataError

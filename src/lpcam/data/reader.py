@@ -160,11 +160,6 @@ class Request:
     classes: Sequence[str] | None = None  #: The classes to choose; None: all.
     settings: Any = None  #: An instance of the reader's settings; None: the usual ones.
 
-    @property
-    def options(self) -> dict[str, Any]:
-        """Values of `OPTIONS`."""
-        return {name: getattr(self, name) for name in OPTIONS}
-
 
 @dataclass(frozen=True)
 class Opened:

@@ -7,8 +7,7 @@ data sets, section 1).
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +21,14 @@ from lpcam.data.masks import read_index_mask, write_mask
 from lpcam.data.voc import CLASSES, LISTS, find_root, read_list
 from lpcam.runtime.errors import DataError, import_extra
 from lpcam.runtime.files import write_bytes
-from lpcam.runtime.parallel import ordered_map
-from lpcam.runtime.progress import progress
+from lpcam.runtime.parallel import progress_map
 
 LIST = "train_aug"  #: Name of the list.
 MASKS = "SegmentationClassAug"  #: Folder of the masks of the list and of VOC's val.
 
 
-@dataclass(frozen=True)
-class TrainAug:
-    """The result of `make_train_aug`: the sorted list, and numbers of images by source."""
-
-    ids: tuple[str, ...]
-    masks_folder: Path
-    list_path: Path
-    counts: Mapping[str, int]
-
-
-def make_train_aug(
-    voc: Path, sbd: Path, output: Path | None = None, *, workers: int = 1
-) -> TrainAug:
-    """Write the list ``train_aug`` and index masks of its images and of VOC's val.
+def make_train_aug(voc: Path, sbd: Path, output: Path | None = None, *, workers: int = 1) -> str:
+    """Write the list ``train_aug`` and index masks of its images and VOC's val; what was done.
 
     Images of VOC's train and val get VOC's masks; the others get those of SBD, which have no 255.
     Equal masks that exist are kept, so a stopped call can be repeated. The list is written last.
@@ -66,7 +52,13 @@ def make_train_aug(
         )
     output = output or root
     train, val = read_list(root, "train"), read_list(root, "val")
-    in_sbd = {i for name in ("train", "val") for i in _sbd_list(dataset / f"{name}.txt")}
+    in_sbd = set[str]()
+    for path in (dataset / "train.txt", dataset / "val.txt"):
+        ids_of_list = [image_id for _, image_id in read_lines(path)]
+        check_unique(ids_of_list, f"list {path}")
+        if not ids_of_list:
+            raise DataError(f"list {path} is empty; download SBD again")
+        in_sbd.update(ids_of_list)
     official = {*train, *val}
     ids = tuple(sorted({*train, *(in_sbd - set(val))}))
     list_path = output / LISTS / f"{LIST}.txt"
@@ -106,11 +98,7 @@ def make_train_aug(
             raise DataError(f"{target} exists and differs from {path}; {way}")
         return False
 
-    written = 0
-    with progress("masks", len(everything)) as advance:
-        for new in ordered_map(make, everything, workers):
-            written += new
-            advance(1, "")
+    written = sum(progress_map("masks", make, everything, workers))
     if not list_path.is_file():
         write_bytes(list_path, "".join(f"{image_id}\n" for image_id in ids).encode())
     counts = {
@@ -122,7 +110,8 @@ def make_train_aug(
         "masks written": written,
         "masks kept": len(everything) - written,
     }
-    return TrainAug(ids, output / MASKS, list_path, counts)
+    told = ", ".join(f"{name}: {count:,}" for name, count in counts.items())
+    return f"{told}\nlist {list_path}\nmasks in {output / MASKS}"
 
 
 def _read_mat(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:
@@ -144,11 +133,3 @@ def _read_mat(path: Path, loadmat: Callable[..., Any]) -> NDArray[np.uint8]:
             f"matrix of integers from 0 to {len(CLASSES)}, as in SBD's cls folder"
         )
     return np.ascontiguousarray(values, dtype=np.uint8)
-
-
-def _sbd_list(path: Path) -> list[str]:
-    ids = [image_id for _, image_id in read_lines(path)]
-    if not ids:
-        raise DataError(f"list {path} is empty; download SBD again")
-    check_unique(ids, f"list {path}")
-    return ids

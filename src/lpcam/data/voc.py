@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -46,17 +46,7 @@ _PERSON_PARTS = ("head", "hand", "foot")
 _INTEGER_ID = re.compile(r"\d{10}")
 
 
-def read_voc(
-    root: Path,
-    *,
-    lists: Sequence[str],
-    classes: Sequence[str] | None = None,
-    unlabelled: Collection[str] = (),
-    labels: Path | None = None,
-    separator: str | None = None,
-    no_class: Sequence[str] = (),
-    masks: Path | None = None,
-) -> Dataset:
+def read_voc(root: Path, **options: Any) -> Dataset:
     """Read lists of a VOC folder: ids, image-level labels and the mask paths that exist.
 
     An image whose file or annotation is missing or damaged is left out, with the reason. A notice
@@ -64,33 +54,33 @@ def read_voc(
 
     Args:
         root: the folder ``VOC2012``, the ``VOCdevkit`` that holds it, or the parent of that.
-        lists: names of ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or
+        options: values of :class:`lpcam.data.reader.Request`. Its ``lists`` are names of
+            ``ImageSets/Segmentation/NAME.txt``. A line is an id (``2007_000063`` or
             ``2007000063``), paths of an image and its mask, or a pair of images and a class.
-        unlabelled: those of the lists whose images need no annotation.
-        classes, labels, separator, no_class, masks: as in
-            :func:`lpcam.data.open_dataset.open_dataset`.
 
     Raises:
         DataError: if the folder, a list or a class is wrong or missing or doubtful, or no image is
             left.
     """
-    root = find_root(root)
-    own = root / CLASS_NAMES
-    names = tables.read_names(own, separator) if own.is_file() else CLASSES
+    root, request = find_root(root), Request(root, **options)
+    labels, masks, no_class = request.labels, request.masks, request.no_class
+    lists, own = request.lists or _list_names(root), root / CLASS_NAMES
+    names = tables.read_names(own, request.separator) if own.is_file() else CLASSES
     images = files_by_id(root / "JPEGImages", IMAGE_SUFFIXES)
     drawn = {} if masks else files_by_id(root / "SegmentationClass", (".png",))
     wanted = {name: read_list(root, name, images) for name in lists}
-    labelled = {i for name, ids in wanted.items() if name not in unlabelled for i in ids}
+    labelled = {i for name, ids in wanted.items() if name not in request.unlabelled for i in ids}
     given: Mapping[str, set[str]] | None = None
     first, repeated = dict.fromkeys(no_class, ""), tuple[str, ...]()
-    if labels is not None:
-        split = partial(tables.split_labels, separator=separator, known={*no_class, *names})
+    if isinstance(labels, Path):
+        split = partial(tables.split_labels, separator=request.separator, known={*no_class, *names})
         found = tables.read_labels(labels, split)
         short = re.compile("^JPEGImages/")
         given, repeated = tables.labels_by_image(found, lambda i: without_suffix(short.sub("", i)))
         first = found.places
     rules: dict[str, Any] = {"own": own.is_file(), "masked": masks is not None or bool(drawn)}
-    table = ClassTable.numbered(names, own, classes, labels=first, no_class=no_class, **rules)
+    rules |= {"labels": first, "no_class": no_class}
+    table = ClassTable.numbered(names, own, request.classes, **rules)
     items: dict[str, Item] = {}
     skipped: dict[str, Skip] = {}
     counted: Counter[str] = Counter()
@@ -123,14 +113,14 @@ def read_voc(
         f"objects of unknown classes give no label, by the number of images: {shortened(counts)}; "
         f"list other classes in {own}, one per line"
     )
-    if counts and not ({*names} & {*counted} and (own.is_file() or classes or labels)):
+    if counts and not ({*names} & {*counted} and (own.is_file() or request.classes or labels)):
         raise DataError(f"there are the classes {shortened(names, 20)}; {notice}, all of them")
     dataset = Dataset(
         name="voc12" if names == CLASSES else root.resolve().name,
         classes=table,
         items=items,
         lists={name: tuple(i for i in ids if i in items) for name, ids in wanted.items()},
-        label_source="Annotations (XML)" if labels is None else labels.name,
+        label_source=labels.name if isinstance(labels, Path) else "Annotations (XML)",
         skipped=tuple(skipped.values()),
         notices=(
             *repeated,
@@ -208,7 +198,6 @@ def _line_ids(stored: Collection[str], line: str, where: str) -> list[str]:
 def _present(
     root: Path, image_id: str, labelled: bool, given: Mapping[str, set[str]] | None
 ) -> set[str]:
-    """Names of the classes that an image shows."""
     if given is not None:
         if labelled and image_id not in given:
             raise DataError(f"the file of labels has no line of {image_id}; add one")
@@ -250,9 +239,7 @@ class VocReader(Reader):
 
     def open(self, request: Request) -> Opened:
         """Read labels from annotations, or from a table."""
-        rest = {**request.options, "unlabelled": request.unlabelled}
-        lists = request.lists or _list_names(find_root(request.root))
-        return Opened(read_voc(request.root, lists=lists, **rest))
+        return Opened(read_voc(**vars(request)))
 
 
 READER = VocReader()

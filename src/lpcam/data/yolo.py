@@ -115,7 +115,6 @@ def _find(text: str, places: Sequence[Path]) -> Path | None:
 
 
 def _files(path: Path, places: Sequence[Path], skipped: list[Skip]) -> Iterator[Path]:
-    """The images of a folder, or of a list of paths."""
     if path.is_dir():
         found = list_images(path)
         skipped += found.unread
@@ -131,7 +130,6 @@ def _files(path: Path, places: Sequence[Path], skipped: list[Skip]) -> Iterator[
 def _images(
     contents: _Contents, root: Path, skipped: list[Skip], notes: Mapping[str, list[str]]
 ) -> dict[str, list[Path]]:
-    """Image files by list."""
     lists: dict[str, list[Path]] = {}
     sources: dict[Path, str] = {}
     for name, text in ((name, text) for name, texts in contents.lists.items() for text in texts):

@@ -25,8 +25,7 @@ from lpcam.formats.registry import MAP_FORMATS
 from lpcam.method.functional import normalize
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import digest_bytes, read_bytes, write_bytes
-from lpcam.runtime.parallel import ordered_map
-from lpcam.runtime.progress import progress
+from lpcam.runtime.parallel import ordered_map, progress_map
 from lpcam.runtime.versions import __version__
 
 AUTO = "auto"  #: Name of no map format: it is found from the contents.
@@ -243,7 +242,6 @@ def import_maps(
 
 
 def _find_files(source: Path) -> dict[str, Path]:
-    """Files by their names, which are ids."""
     files = {
         safe_id(path.relative_to(source).with_suffix("").as_posix()): path
         for path in sorted(source.rglob("*.npy"))
@@ -307,9 +305,4 @@ def export_maps(
         write_foreign_maps(path, maps, style, background=background, classes=classes)
         return path
 
-    files = []
-    with progress(f"maps as {style}", len(ids)) as advance:
-        for path in ordered_map(convert, ids, workers):
-            files.append(path)
-            advance(1, "")
-    return files
+    return [*progress_map(f"maps as {style}", convert, ids, workers)]

@@ -6,9 +6,10 @@ sets, section 5). Their ``cam`` is float32 (K, ceil(H/4), ceil(W/4)), keys are i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,36 +24,28 @@ Planes = NDArray[np.float32]
 Size = tuple[int, int]
 
 
-class MapFormat(Protocol):
-    """A way of keeping the maps of one image in a dictionary.
+@dataclass(frozen=True)
+class MapFormat(ABC):
+    """A way of keeping the maps of one image in a dictionary."""
 
-    Attributes:
-        layout: description of what the dictionary holds.
-        has_background: whether it has a plane of the background.
-    """
+    layout: str  #: Description of what the dictionary holds.
+    has_background: bool = False  #: Whether it has a plane of the background.
 
-    @property
-    def layout(self) -> str: ...
-
-    @property
-    def has_background(self) -> bool: ...
-
+    @abstractmethod
     def fits(self, content: Mapping[Any, Any]) -> bool:
         """Whether a dictionary may be of this format; one without a class may be of any."""
 
+    @abstractmethod
     def read(self, content: Mapping[Any, Any], size: Size | None) -> MapFile:
         """The maps of the classes in an unchecked dictionary, for an image (H, W), or DataError."""
 
+    @abstractmethod
     def write(self, maps: MapFile, background: Planes | None) -> dict[Any, Any]:
         """The dictionary of maps, with a background plane (H, W) if the format has one."""
 
 
-@dataclass(frozen=True)
-class _KeyedMaps:
+class _KeyedMaps(MapFormat):
     """A dictionary of ``keys``, ``cam`` and ``high_res``."""
-
-    layout: str
-    has_background: bool = False
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
         try:
@@ -101,12 +94,8 @@ class _KeyedMaps:
         return {"keys": maps.keys, "cam": cam, "high_res": np.concatenate([plane, maps.high_res])}
 
 
-@dataclass(frozen=True)
-class _MapsByClass:
+class _MapsByClass(MapFormat):
     """A dictionary of one plane (H, W) for each class."""
-
-    layout: str
-    has_background: bool = False
 
     def fits(self, content: Mapping[Any, Any]) -> bool:
         if not self.has_background or not all(type(key) is int for key in content):

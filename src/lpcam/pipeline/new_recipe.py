@@ -13,11 +13,10 @@ import yaml
 from lpcam.classifiers.classifier import check_backbone
 from lpcam.data.dataset import Dataset, Item, skip_lines
 from lpcam.data.inspection import FEW_IMAGES
-from lpcam.data.label_findings import label_findings
 from lpcam.data.open_dataset import kind_of, open_dataset
 from lpcam.data.pixels import look_at_pixels, refuse_ruin
 from lpcam.data.reader import READERS, Reader
-from lpcam.data.survey import Finding
+from lpcam.data.survey import Finding, label_findings
 from lpcam.data.validation import check_images
 from lpcam.method.settings import LpcamSettings
 from lpcam.pipeline.recipe import parse_recipe

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from lpcam.runtime.progress import progress
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -44,6 +46,16 @@ def ordered_map(function: Callable[[T], R], items: Iterable[T], workers: int) ->
         pool.shutdown(wait=True, cancel_futures=True)
         # A worker's setting reaches some libraries of the whole process.
         torch.set_num_threads(threads)
+
+
+def progress_map(
+    label: str, function: Callable[[T], R], items: Collection[T], workers: int
+) -> Iterator[R]:
+    """As `ordered_map`, with the progress shown."""
+    with progress(label, len(items)) as advance:
+        for result in ordered_map(function, items, workers):
+            advance(1, "")
+            yield result
 
 
 @contextmanager

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import lpcam.data.coco.painting as module
-from lpcam.data.coco.dataset import CocoFolder
+from lpcam.data.coco.dataset import AnnotatedImages, read_coco
 from lpcam.data.coco.index import CocoAnnotation, compact
 from lpcam.data.coco.painting import paint
 from lpcam.data.masks import read_index_mask
@@ -89,7 +89,7 @@ def root(tmp_path: Path) -> Path:
 def test_labels_order_and_masks_are_those_of_pycocotools(root: Path, tmp_path: Path) -> None:
     api_module = pytest.importorskip("pycocotools.coco")
     api = api_module.COCO(str(root / "annotations/instances_train2014.json"))
-    folder = CocoFolder(root)
+    folder = read_coco(root)
     dataset = folder.dataset
     numbers = sorted(api.imgs)
     assert dataset.lists["train2014"] == tuple(f"COCO_train2014_{n:012d}" for n in numbers)
@@ -119,7 +119,7 @@ def test_labels_order_and_masks_are_those_of_pycocotools(root: Path, tmp_path: P
 
 
 def test_notices_count_what_masks_do_not_show(root: Path) -> None:
-    notices = CocoFolder(root, classes=["brush", "train"]).dataset.notices
+    notices = read_coco(root, classes=["brush", "train"]).dataset.notices
     counts = [re.findall(r"\d+|brush|bicycle", text) for text in notices]
     assert counts == [["2", "2"], ["brush"], ["bicycle", "2"], ["1", "4"]]
 
@@ -127,7 +127,7 @@ def test_notices_count_what_masks_do_not_show(root: Path) -> None:
 def test_boxes_alone_are_labels_without_masks(root: Path, tmp_path: Path) -> None:
     """What many tools export: enough for labels, nothing to score masks with."""
     write(root, annotations=changed("annotations", 0, segmentation=None)["annotations"])
-    folder, bare = CocoFolder(root), "COCO_train2014_000000000009"
+    folder, bare = read_coco(root), "COCO_train2014_000000000009"
     assert folder.dataset.items[bare].labels
     assert any("without an outline" in text for text in folder.dataset.notices)
     painted = folder.with_masks(tmp_path / "masks", folder.dataset.items)
@@ -136,7 +136,7 @@ def test_boxes_alone_are_labels_without_masks(root: Path, tmp_path: Path) -> Non
 
 
 def test_chosen_classes_keep_their_mask_values(root: Path, tmp_path: Path) -> None:
-    folder = CocoFolder(root, classes=["brush", "bicycle"])
+    folder = read_coco(root, classes=["brush", "bicycle"])
     assert folder.dataset.classes.names == ("brush", "bicycle")
     assert folder.dataset.classes.mask_ids == (3, 1)
     assert [item.labels for item in folder.dataset.items.values()] == [(0, 1), (0,), (1,), ()]
@@ -146,7 +146,7 @@ def test_chosen_classes_keep_their_mask_values(root: Path, tmp_path: Path) -> No
     assert set(np.unique(read_index_mask(masks.items[one].mask))) == {0, 1, 2}
     assert sum(item.mask is not None for item in masks.items.values()) == 1
     with pytest.raises(DataError, match=r"'bicyle' .*'bicycle'"):
-        CocoFolder(root, classes=["bicyle"])
+        read_coco(root, classes=["bicyle"])
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_layouts(tmp_path: Path, annotations: str, folder: str, name: str) -> No
     images(root / folder)
     for given in (root, path):
         for lists in (None, [name], [f"{name}.labelled"], ["all"]):
-            dataset = CocoFolder(given, lists=lists).dataset
+            dataset = read_coco(given, lists=lists).dataset
             assert len(dataset.lists[name]) == len(dataset.lists["all"]) == 4
             assert len(dataset.lists[f"{name}.labelled"]) == 3
             first = dataset.items["COCO_train2014_000000000009"]
@@ -178,14 +178,14 @@ def test_files_with_different_categories(root: Path) -> None:
     more = [*CATEGORIES, {"id": 5, "name": "x"}]
     write(root, "annotations/instances_val2014.json", categories=more)
     with pytest.raises(DataError, match=r"have different categories, first 5 \(x\)"):
-        CocoFolder(root)
+        read_coco(root)
 
 
 def test_only_the_files_that_lists_need_are_read(root: Path) -> None:
     other = [{**i, "id": i["id"] + 1, "file_name": f"v{i['id']}.jpg"} for i in whole()["images"]]
     write(root, "annotations/instances_val2014.json", images=other, annotations=[])
     images(root / "val2014", {"images": other})
-    both = CocoFolder(root).dataset
+    both = read_coco(root).dataset
     assert both.lists["val2014"] == tuple(f"val2014/v{n}" for n in (9, 25, 30, 581))
     assert both.lists["val2014.labelled"] == ()
     assert both.lists["all"] == both.lists["train2014"] + both.lists["val2014"]
@@ -193,17 +193,17 @@ def test_only_the_files_that_lists_need_are_read(root: Path) -> None:
         "annotations (instances_train2014.json, instances_val2014.json), crowds included"
     )
     (root / "annotations/instances_train2014.json").write_text("broken")
-    one = CocoFolder(root, lists=["val2014.labelled"]).dataset
+    one = read_coco(root, lists=["val2014.labelled"]).dataset
     assert set(one.items) == set(both.lists["val2014"])
     with pytest.raises(DataError, match=r"instances_train2014.json cannot be read as JSON"):
-        CocoFolder(root, lists=["val2014", "all"])
+        read_coco(root, lists=["val2014", "all"])
 
 
 def test_names_that_are_not_cocos_own_get_the_lists_name(tmp_path: Path) -> None:
     for name in ("train", "valid"):
         write(tmp_path, f"{name}/_annotations.coco.json")
         images(tmp_path / name)
-    dataset = CocoFolder(tmp_path).dataset
+    dataset = read_coco(tmp_path).dataset
     assert len(dataset.items) == 8
     assert dataset.lists["valid"][0] == "valid/COCO_train2014_000000000009"
     item = dataset.items["train/COCO_train2014_000000000009"]
@@ -213,11 +213,11 @@ def test_names_that_are_not_cocos_own_get_the_lists_name(tmp_path: Path) -> None
     )
     # whatever is read: an image is called the same in every command
     for name in ("train", "valid"):
-        one = CocoFolder(tmp_path, lists=[name]).dataset
+        one = read_coco(tmp_path, lists=[name]).dataset
         assert one.lists[name] == tuple(one.items) == dataset.lists[name]
     # a file that is itself the root is the only one of its data set
     path = tmp_path / "train" / "_annotations.coco.json"
-    assert "COCO_train2014_000000000009" in CocoFolder(path).dataset.items
+    assert "COCO_train2014_000000000009" in read_coco(path).dataset.items
 
 
 def test_one_id_of_two_files_is_refused(tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_one_id_of_two_files_is_refused(tmp_path: Path) -> None:
         write(tmp_path, name, images=[{**whole()["images"][0], "file_name": image}], annotations=[])
         images(tmp_path / "a", {"images": [{"file_name": image}]})
     with pytest.raises(DataError, match=r"instances_a\.json and .*b\.json .*'b/1'"):
-        CocoFolder(tmp_path, lists=["a", "b"])
+        read_coco(tmp_path, lists=["a", "b"])
 
 
 def test_names_in_folders_with_accents_and_backslashes(tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_names_in_folders_with_accents_and_backslashes(tmp_path: Path) -> None:
     for name in ("a/Ku\u0308he 1.JPG", "b/c/x.y.png", "no_ending", "a/d.jpeg"):
         (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "images" / name).touch()
-    dataset = CocoFolder(path).dataset
+    dataset = read_coco(path).dataset
     # ids 9, 25, 30, 581
     assert dataset.lists["all"] == ("b/c/x.y", "no_ending", "a/K\u00fche 1", "a/d")
     assert all(item.image.is_file() for item in dataset.items.values())
@@ -250,7 +250,7 @@ def test_names_in_folders_with_accents_and_backslashes(tmp_path: Path) -> None:
 def test_missing_images_are_left_out_with_one_reason(root: Path) -> None:
     for number in (9, 25):
         (root / "train2014" / f"COCO_train2014_{number:012d}.jpg").unlink()
-    dataset = CocoFolder(root).dataset
+    dataset = read_coco(root).dataset
     assert dataset.lists["all"] == tuple(f"COCO_train2014_{n:012d}" for n in (30, 581))
     assert [skip.id[-3:] for skip in dataset.skipped] == ["009", "025"]
     assert str(root / "train2014") in dataset.skipped[0].reason
@@ -262,14 +262,14 @@ def test_no_image_at_all(root: Path) -> None:
     message = r"none of the 4 images of .* 'COCO_train2014_000000000009.jpg'"
     for lists in (None, ["train2014"]):
         with pytest.raises(DataError, match=message):
-            CocoFolder(root, lists=lists)
+            read_coco(root, lists=lists)
     write(root, "annotations/instances_val2014.json")
     images(root / "val2014")
-    dataset = CocoFolder(root).dataset  # only what is asked for by name must be there
+    dataset = read_coco(root).dataset  # only what is asked for by name must be there
     assert dataset.lists["train2014"] == ()
     assert len(dataset.lists["val2014"]) == 4
     with pytest.raises(DataError, match=message):
-        CocoFolder(root, lists=["train2014", "val2014"])
+        read_coco(root, lists=["train2014", "val2014"])
 
 
 def test_missing_files_and_lists(root: Path, tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_missing_files_and_lists(root: Path, tmp_path: Path) -> None:
         (root / "train2014", None, "'all'"),
     ):
         with pytest.raises(DataError, match=message):
-            CocoFolder(path, lists=lists)
+            read_coco(path, lists=lists)
 
 
 def changed(kind: str, place: int, **fields: Any) -> dict[str, Any]:
@@ -318,7 +318,7 @@ def test_wrong_annotation_files(root: Path, content: Callable[[], Any], message:
     path, made = root / "annotations/instances_train2014.json", content()
     path.write_bytes(made if isinstance(made, bytes) else json.dumps(made).encode())
     with pytest.raises(DataError, match=message) as caught:
-        CocoFolder(root)
+        read_coco(root)
     assert str(path) in str(caught.value)
 
 
@@ -403,7 +403,7 @@ def test_what_else_cannot_be_painted() -> None:
 def test_polygons_need_pycocotools(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = CocoFolder(root)
+    folder = read_coco(root)
     monkeypatch.setitem(sys.modules, "pycocotools.mask", None)
     with pytest.raises(LpcamError, match=r"'lpcam\[coco\]'"):
         folder.with_masks(tmp_path / "masks", folder.dataset.items)
@@ -429,12 +429,12 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 def test_only_missing_masks_are_painted_by_any_number_of_workers(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, masks = CocoFolder(root), tmp_path / "masks"
+    folder, masks = read_coco(root), tmp_path / "masks"
     ids = folder.dataset.lists["all"]
     folder.with_masks(masks, ids[:2])
     with monkeypatch.context() as patch:
         written = counted(patch)
-        dataset = CocoFolder(root).with_masks(masks, ids)
+        dataset = read_coco(root).with_masks(masks, ids)
     assert [path.stem for path in written] == [*ids[2:]]
     assert dataset.items[ids[0]].mask == masks / f"{ids[0]}.png"
     folder.with_masks(tmp_path / "fresh", ids, workers=3)
@@ -446,7 +446,7 @@ def test_only_missing_masks_are_painted_by_any_number_of_workers(
 def test_masks_of_something_else_are_painted_again(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
-    folder, masks = CocoFolder(root), tmp_path / "masks"
+    folder, masks = read_coco(root), tmp_path / "masks"
     ids = folder.dataset.lists["all"]
     folder.with_masks(masks, ids)
     options: dict[str, Any] = {}
@@ -457,7 +457,7 @@ def test_masks_of_something_else_are_painted_again(
     else:
         options = {"order": "area"} if change == "order" else {"crowds": "void"}
     written = counted(monkeypatch)
-    folder = CocoFolder(root)
+    folder = read_coco(root)
     folder.with_masks(masks, ids[:1], **options)
     assert [path.stem for path in written] == [ids[0]]
     assert set(bytes_of(masks)) == {f"{ids[0]}.png"}  # no old one is left to be taken for new
@@ -469,7 +469,7 @@ def test_masks_of_something_else_are_painted_again(
 def test_a_stop_loses_no_mask_and_leaves_no_old_one(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, masks = CocoFolder(root), tmp_path / "masks"
+    folder, masks = read_coco(root), tmp_path / "masks"
     ids = folder.dataset.lists["all"]
     folder.with_masks(tmp_path / "fresh", ids, crowds="void")
     folder.with_masks(masks, ids)
@@ -502,7 +502,7 @@ def test_two_files_share_a_folder_of_masks(
     def paint_list(name: str, **options: Any) -> int:
         with monkeypatch.context() as patch:
             written = counted(patch)
-            folder = CocoFolder(empty) if name == "empty" else CocoFolder(root, lists=[name])
+            folder = read_coco(empty) if name == "empty" else read_coco(root, lists=[name])
             folder.with_masks(masks, folder.dataset.lists[name], **options)
         return len(written)
 
@@ -517,7 +517,7 @@ def test_two_files_share_a_folder_of_masks(
 
 
 def test_foreign_files_are_not_replaced(root: Path, tmp_path: Path) -> None:
-    folder = CocoFolder(root)
+    folder = read_coco(root)
     ids = folder.dataset.lists["all"]
     Image.new("L", (60, 40)).save(tmp_path / f"{ids[1]}.png")
     before = bytes_of(tmp_path)
@@ -530,13 +530,13 @@ def test_foreign_files_are_not_replaced(root: Path, tmp_path: Path) -> None:
     assert bytes_of(tmp_path) == before
 
 
-def broken(root: Path, **shapes: Any) -> CocoFolder:
+def broken(root: Path, **shapes: Any) -> AnnotatedImages:
     """Other outlines of annotations: a100 of image 9, a97 its crowd, a95 of image 30."""
     content = whole()["annotations"]
     for one in content:
         one["segmentation"] = shapes.get(f"a{one['id']}", one["segmentation"])
     write(root, annotations=content)
-    return CocoFolder(root)
+    return read_coco(root)
 
 
 def test_an_outline_that_cannot_be_painted_costs_the_mask_of_its_image_alone(
@@ -554,9 +554,9 @@ def test_an_outline_that_cannot_be_painted_costs_the_mask_of_its_image_alone(
         (record,) = caplog.records
         assert f"image {names[0]}.jpg: annotation 100 " in record.getMessage()
         assert dataset.notices[-1] == record.getMessage()
-        folder = CocoFolder(root)
+        folder = read_coco(root)
     write(root)  # correct again
-    folder = CocoFolder(root)
+    folder = read_coco(root)
     assert all(item.mask for item in folder.with_masks(masks, names).items.values())
 
 
@@ -586,7 +586,7 @@ def test_an_image_of_another_size_than_its_annotations_has_no_mask(
         names, ((60, 44), (60, 40), (30, 20)), ({"exif": exif}, {}, {}), strict=True
     ):
         Image.new("RGB", size).save(root / "train2014" / f"{name}.jpg", **more)
-    folder, masks = CocoFolder(root), tmp_path / "masks"
+    folder, masks = read_coco(root), tmp_path / "masks"
     dataset = folder.with_masks(masks, names)
     assert [dataset.items[name].mask is not None for name in names] == [False, True, False]
     assert re.search(rf"{names[0]}.* 40 x 60 .* 60 x 44", caplog.records[0].getMessage())

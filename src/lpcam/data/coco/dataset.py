@@ -56,24 +56,19 @@ class AnnotatedImages:
 
     def __init__(
         self,
-        name: str,
+        request: Request,
         files: Sequence[CocoFile],
         images: Mapping[str, PlacedImage],
-        lists: Mapping[str, Sequence[str]],
         *,
-        classes: Sequence[str] | None = None,
-        no_class: Sequence[str] = (),
-        masked: bool = False,
         source: str,
-        label_source: str,
-        skipped: Sequence[Skip] = (),
-        notices: Sequence[str] = (),
+        notices: Sequence[str],
+        **described: Any,
     ) -> None:
-        categories = files[0].categories
+        categories, chosen = files[0].categories, request.classes
         names = [name for _, name in categories]
-        rules: dict[str, Any] = {"no_class": no_class, "masked": masked}
-        table = ClassTable.numbered(names, source, classes, **rules)
-        values = class_values(names, source, classes, **rules)
+        rules: dict[str, Any] = {"no_class": request.no_class, "masked": request.masks is not None}
+        table = ClassTable.numbered(names, source, chosen, **rules)
+        values = class_values(names, source, chosen, **rules)
         # of categories that are no class, those that mean so are void, and those beyond 254
         nothing = {n: shows_nothing(name) for n, name in categories}
         self._values = {
@@ -81,7 +76,7 @@ class AnnotatedImages:
             for n, name in categories
         }
         labels = {n: table.names.index(name) for n, name in categories if name in table.names}
-        self.images = images
+        self.images, self.masks = images, request.masks
         items: dict[str, Item] = {}
         for image_id, (_, entry, path) in images.items():
             if path is not None:
@@ -90,12 +85,9 @@ class AnnotatedImages:
                 on_disk = "/".join(path.parts[-depth:])
                 items[image_id] = Item(image_id, path, tuple(sorted(shown)), file_name=on_disk)
         self.dataset = Dataset(
-            name=name,
             classes=table,
             items=items,
-            lists={name: tuple(ids) for name, ids in lists.items()},
-            label_source=label_source,
-            skipped=tuple(skipped),
+            **described,
             notices=(
                 *notices,
                 *unnamed((i.image for i in items.values()), "no annotation that was read"),
@@ -128,10 +120,10 @@ class AnnotatedImages:
             if self.images[name].entry.outlined
         }
 
-    def opened(self, masks: Path | None, **settings: Any) -> Opened:
-        """The data set with masks of a folder, or with those that can be painted."""
-        if masks is not None:
-            return Opened(with_mask_folder(self.dataset, masks))
+    def opened(self, **settings: Any) -> Opened:
+        """The data set with the masks of the request, or with those that can be painted."""
+        if self.masks is not None:
+            return Opened(with_mask_folder(self.dataset, self.masks))
         every = (one for image in self.images.values() for one in image.entry.annotations)
         if not any(one.segmentation for one in every):
             return Opened(self.dataset)
@@ -176,108 +168,101 @@ def open_annotated(
     read = request.lists or members
     wanted = {i for name in read for i in members[name]}
     file = replace(file, images=tuple(image.entry for image in images.values()))
+    place = folder.resolve()
     return AnnotatedImages(
-        folder.resolve().name if folder.name != "images" else folder.resolve().parent.name,
+        request,
         [file],
         {i: one if i in wanted else one._replace(path=None) for i, one in images.items()},
-        {name: list(dict.fromkeys(members[name])) for name in read},
-        classes=request.classes,
-        no_class=request.no_class,
-        masked=request.masks is not None,
+        name=place.parent.name if folder.name == "images" else place.name,
+        lists={name: tuple(dict.fromkeys(members[name])) for name in read},
         source=f"{file.path}",
         label_source=label_source,
-        skipped=skipped,
+        skipped=tuple(skipped),
         notices=[f"{text}: {len(of)} ({shortened(of)})" for text, of in notes.items() if of],
-    ).opened(request.masks)
+    ).opened()
 
 
-class CocoFolder(AnnotatedImages):
+def read_coco(root: Path, *, crowds: Crowds = "background", **options: Any) -> AnnotatedImages:
     """The data set of one or several annotation files and their images.
 
     An item's id is ``NAME/`` (of the list) and the file name without extension; ``NAME/`` is left
-    out for the only file and for one whose images all have COCO's own names.
+    out for the only file and for one whose images all have COCO's own names. ``options`` are values
+    of :class:`lpcam.data.reader.Request`; DataError if files are missing, wrong or disagree.
     """
-
-    def __init__(
-        self,
-        root: Path,
-        *,
-        lists: Sequence[str] | None = None,
-        crowds: Crowds = "background",
-        **rules: Any,
-    ) -> None:
-        folder, paths, found = find_files(root, lists)
-        read = partial(CocoFile.read, crowds_are_objects=crowds == "objects")
-        files = {name: read(path) for name, path in paths.items()}
-        first, *others = files.values()
-        for file in others:
-            if file.categories != first.categories:
-                number, category = min({*first.categories} ^ {*file.categories}, key=str)
-                raise DataError(
-                    f"{first.path} and {file.path} have different categories, first {number} "
-                    f"({category}); read them one at a time"
-                )
-        images: dict[str, PlacedImage] = {}
-        skipped: list[Skip] = []
-        members: dict[str, list[str]] = {}
-        listing, moved = cache(listing_of), list[str]()
-        for name, file in files.items():
-            own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
-            alone = [*found.values()] == [file.path]
-            alone = alone or all(own.fullmatch(image.file_name) for image in file.images)
-            places = image_folders(folder, name, file.path)
-            reason = f"its image is not in {' or '.join(map(str, places))}"
-            members[name] = []
-            for entry in file.images:
-                image, below = find_image(places, entry.file_name, listing)
-                image_id = ("" if alone else f"{name}/") + _item_id(file.path, below)
-                if image_id in images:
-                    other = images[image_id].source.path
-                    both = f"{other} and {file.path} have two images with the id {image_id!r}"
-                    raise DataError(f"{both}, the second is {entry.file_name!r}; rename one")
-                images[image_id] = PlacedImage(file, entry._replace(file_name=below), image)
-                if image is None:
-                    skipped.append(Skip(image_id, reason))
-                else:
-                    if len(name_parts(entry.file_name)) > len(name_parts(below)):
-                        moved.append(f"{entry.file_name!r} is {image}")
-                    members[name].append(image_id)
-        members[ALL] = [image_id for ids in members.values() for image_id in ids]
-        wanted = {given.removesuffix(LABELLED) for given in lists or ()}
-        for name, file in files.items():
-            if not members[name] and (name in wanted or not members[ALL]):
-                given = file.images[0].file_name
-                last = name_parts(given)[-1:]
-                there = shortened([str(p) for p in folder.rglob("*") if p.name in last])
-                raise DataError(
-                    f"none of the {len(file.images)} images of {file.path} is there: {given!r} is "
-                    f"in none of {', '.join(map(str, image_folders(folder, name, file.path)))}; "
-                    f"{f'there is {there}; ' * bool(there)}put the images into one of the folders"
-                )
-        notices = [f"{file.path.name}: {one}" for file in files.values() for one in file.notices]
-        if moved:
-            notices.append(f"images found by the end of their file_name: {len(moved)}; {moved[0]}")
-        short = [path.name for path in paths.values()]
-        if len({*short}) < len(short):
-            short = [f"{path.parent.name}/{path.name}" for path in paths.values()]
-        is_coco = first.categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
-        super().__init__(
-            "coco14" if is_coco else folder.resolve().name,
-            [*files.values()],
-            images,
-            members,
-            **rules,
-            source=f"{next(iter(paths.values()))}, categories,",
-            label_source=f"annotations ({', '.join(short)}), crowds included",
-            skipped=skipped,
-            notices=notices,
-        )
-        made = {
-            name + ending: tuple(i for i in ids if not ending or self.dataset.items[i].labels)
-            for name, ids in members.items()
-            for ending in ("", LABELLED)
-        }
-        self.dataset = replace(self.dataset, lists=made)
+    request = Request(root, **options)
+    folder, paths, found = find_files(root, request.lists)
+    read = partial(CocoFile.read, crowds_are_objects=crowds == "objects")
+    files = {name: read(path) for name, path in paths.items()}
+    first, *others = files.values()
+    for file in others:
+        if file.categories != first.categories:
+            number, category = min({*first.categories} ^ {*file.categories}, key=str)
+            raise DataError(
+                f"{first.path} and {file.path} have different categories, first {number} "
+                f"({category}); read them one at a time"
+            )
+    images: dict[str, PlacedImage] = {}
+    skipped: list[Skip] = []
+    members: dict[str, list[str]] = {}
+    listing, moved = cache(listing_of), list[str]()
+    for name, file in files.items():
+        own = re.compile(rf"COCO_{re.escape(name)}_\d{{12}}\.\w+", re.ASCII)
+        alone = [*found.values()] == [file.path]
+        alone = alone or all(own.fullmatch(image.file_name) for image in file.images)
+        places = image_folders(folder, name, file.path)
+        reason = f"its image is not in {' or '.join(map(str, places))}"
+        members[name] = []
+        for entry in file.images:
+            image, below = find_image(places, entry.file_name, listing)
+            image_id = ("" if alone else f"{name}/") + _item_id(file.path, below)
+            if image_id in images:
+                other = images[image_id].source.path
+                both = f"{other} and {file.path} have two images with the id {image_id!r}"
+                raise DataError(f"{both}, the second is {entry.file_name!r}; rename one")
+            images[image_id] = PlacedImage(file, entry._replace(file_name=below), image)
+            if image is None:
+                skipped.append(Skip(image_id, reason))
+            else:
+                if len(name_parts(entry.file_name)) > len(name_parts(below)):
+                    moved.append(f"{entry.file_name!r} is {image}")
+                members[name].append(image_id)
+    members[ALL] = [image_id for ids in members.values() for image_id in ids]
+    wanted = {given.removesuffix(LABELLED) for given in request.lists or ()}
+    for name, file in files.items():
+        if not members[name] and (name in wanted or not members[ALL]):
+            given = file.images[0].file_name
+            last = name_parts(given)[-1:]
+            there = shortened([str(p) for p in folder.rglob("*") if p.name in last])
+            raise DataError(
+                f"none of the {len(file.images)} images of {file.path} is there: {given!r} is "
+                f"in none of {', '.join(map(str, image_folders(folder, name, file.path)))}; "
+                f"{f'there is {there}; ' * bool(there)}put the images into one of the folders"
+            )
+    notices = [f"{file.path.name}: {one}" for file in files.values() for one in file.notices]
+    if moved:
+        notices.append(f"images found by the end of their file_name: {len(moved)}; {moved[0]}")
+    short = [path.name for path in paths.values()]
+    if len({*short}) < len(short):
+        short = [f"{path.parent.name}/{path.name}" for path in paths.values()]
+    is_coco = first.categories == COCO_CATEGORIES and all(map(_COCO_LIST.fullmatch, files))
+    made = AnnotatedImages(
+        request,
+        [*files.values()],
+        images,
+        name="coco14" if is_coco else folder.resolve().name,
+        lists={},
+        source=f"{next(iter(paths.values()))}, categories,",
+        label_source=f"annotations ({', '.join(short)}), crowds included",
+        skipped=tuple(skipped),
+        notices=notices,
+    )
+    lists = {
+        name + ending: tuple(i for i in ids if not ending or made.dataset.items[i].labels)
+        for name, ids in members.items()
+        for ending in ("", LABELLED)
+    }
+    made.dataset = replace(made.dataset, lists=lists)
+    return made
 
 
 def _item_id(path: Path, file_name: str) -> str:
@@ -292,7 +277,6 @@ def _item_id(path: Path, file_name: str) -> str:
 def _notices(
     files: Sequence[CocoFile], chosen: Sequence[str], items: Mapping[str, Item]
 ) -> tuple[str, ...]:
-    """Notices for the user about labels and masks."""
     images = [image for file in files for image in file.images]
     every = [one for image in images for one in image.annotations]
     both = Counter(one.category_id for one in every)
@@ -349,14 +333,7 @@ class CocoReader(Reader):
     def open(self, request: Request) -> Opened:
         """Read labels from the annotations; masks can be painted from them."""
         settings = request.settings or CocoSection()
-        folder = CocoFolder(
-            request.root,
-            lists=request.lists,
-            classes=request.classes,
-            no_class=request.no_class,
-            masked=request.masks is not None,
-            crowds=settings.crowds,
-        )
+        folder = read_coco(crowds=settings.crowds, **vars(request))
         if request.masks is None and "crowds" not in settings.model_fields_set:
             every = [(i.source, one) for i in folder.images.values() for one in i.entry.annotations]
             crowds = [file for file, one in every if one.is_crowd and one.segmentation]
@@ -367,7 +344,7 @@ class CocoReader(Reader):
                     "several parts in supervision; say which: --crowds objects (data.coco.crowds) "
                     "paints them, --crowds background does not"
                 )
-        return folder.opened(request.masks, **settings.model_dump())
+        return folder.opened(**settings.model_dump())
 
 
 READER = CocoReader()

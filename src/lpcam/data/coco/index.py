@@ -24,8 +24,8 @@ from pydantic import (
 )
 
 from lpcam.data.coco.files import name_parts
+from lpcam.data.image_files import other_format
 from lpcam.data.labels import normal_name, read_text
-from lpcam.data.marks import other_format
 from lpcam.runtime.errors import DataError, shortened
 from lpcam.runtime.files import digest_file
 
@@ -180,27 +180,22 @@ def _parse(path: Path) -> Any:
     if path.suffix.lower() == ".gz":
         raise DataError(f"{path} is compressed; unpack it with gunzip")
     content = parse_json(path, _HOW, _compact_annotation)
-    what = _lookalike(content)
-    if not what and not (isinstance(content, dict) and "images" in content):
+    found = content if isinstance(content, dict) else {}
+    first = next(iter(found.get("annotations") or ()), None)
+    if isinstance(content, list) and content and isinstance(content[0], CocoAnnotation):
+        what = "these are results, a list of detections; give the annotations"
+    elif "images" not in found:
         what = other_format(path)
-    if not what and isinstance(content, list):
-        what = "it is a list, not a dictionary (lists of Label Studio are of --kind label_studio)"
+        if not what and isinstance(content, list):
+            what = "it is a list, not a dictionary (lists of Label Studio: --kind label_studio)"
+    elif "annotations" not in found:
+        what = "it has no 'annotations', as image_info files; give one with annotations"
+    else:
+        kinds = (w for key, w in _OTHER.items() if isinstance(first, dict) and key in first)
+        what = next(kinds, "")
     if what:
         raise DataError(f"{path}: {what}")
     return content
-
-
-def _lookalike(content: Any) -> str:
-    """What a file that looks like COCO's is, if it has no labels of objects."""
-    if isinstance(content, list):
-        results = bool(content) and isinstance(content[0], CocoAnnotation)
-        return "these are results, a list of detections; give the annotations" * results
-    if not isinstance(content, dict) or "images" not in content:
-        return ""
-    if "annotations" not in content:
-        return "it has no 'annotations', as image_info files; give one with annotations"
-    first = next(iter(content["annotations"] or ()), None)
-    return next((w for key, w in _OTHER.items() if isinstance(first, dict) and key in first), "")
 
 
 def _images(path: Path, entries: Iterable[_Image]) -> tuple[dict[Any, CocoImage], list[str]]:

@@ -19,8 +19,7 @@ from lpcam.data.images import MAXIMUM_PIXELS, read_header, upright_size
 from lpcam.data.masks import write_mask
 from lpcam.runtime.errors import ArtefactError, DataError, ImageError, import_extra
 from lpcam.runtime.files import digest_json, read_json, write_json
-from lpcam.runtime.parallel import ordered_map
-from lpcam.runtime.progress import progress
+from lpcam.runtime.parallel import progress_map
 
 Order = Literal["file", "area"]
 """Order in which objects are painted: as in the file, or the largest first."""
@@ -100,12 +99,8 @@ def paint_folder(
         write_mask(paths[name], mask)
         return None
 
-    faults = {}
-    with progress("painting masks", len(missing)) as advance:
-        for name, fault in zip(missing, ordered_map(make, missing, workers), strict=True):
-            if fault is not None:
-                faults[name] = fault
-            advance(1, "")
+    made = zip(missing, progress_map("painting masks", make, missing, workers), strict=True)
+    faults = {name: fault for name, fault in made if fault is not None}
     return {name: path for name, path in paths.items() if name not in faults}, faults
 
 
@@ -185,7 +180,6 @@ def _area(annotation: CocoAnnotation, size: tuple[int, int]) -> float:
 
 
 def _region(annotation: CocoAnnotation, size: tuple[int, int]) -> NDArray[np.bool_]:
-    """The pixels of an annotation, bool (H, W)."""
     shape = annotation.segmentation
     try:
         if callable(shape):

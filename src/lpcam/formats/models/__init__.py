@@ -1,1 +1,1 @@
-"""Model formats: ONNX, torch.export and the hub."""
+"""Model formats: ONNX and the hub."""

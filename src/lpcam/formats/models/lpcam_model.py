@@ -22,7 +22,14 @@ from lpcam.classifiers.early_layers import Tap
 from lpcam.classifiers.tracing import device_of, evaluation_mode
 from lpcam.classifiers.wrapped import WrappedModel, wrap
 from lpcam.explain.explainer import Explainer
-from lpcam.formats.models.onnx import TRACED_SIZE, rounded_up
+from lpcam.formats.models.onnx import (
+    TRACED_SIZE,
+    ExportModule,
+    ExportParity,
+    Outputs,
+    rounded_up,
+    write_onnx,
+)
 from lpcam.method.early import EarlyPrototypes
 from lpcam.method.extractors import LPCAM
 from lpcam.method.head import LPCAMHead, Normalize
@@ -37,6 +44,8 @@ from lpcam.runtime.files import (
 )
 from lpcam.runtime.versions import versions
 
+_MAP_ERROR = 1e-4  # accepted difference of an exported file's maps, whose values are at most 1
+_COSINE_ERROR = 1e-5  # accepted rounding error, which a division by a tiny maximum magnifies
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 _FORMAT, _KIND = 1, "LPCAMModel"
 _OPTIONS = ("classes", "enlarge", "channels", "multiple", "made_by")  # as a folder keeps them
@@ -313,7 +322,6 @@ def _digest(module: nn.Module) -> str:
 
 
 def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str | None) -> str:
-    """The model card, in Markdown."""
     header = {
         "library_name": "lpcam",
         "pipeline_tag": "image-classification",
@@ -341,8 +349,6 @@ def _card(model: LPCAMModel, name: str, licence: str | None, training_data: str 
 
 
 class _Features(nn.Module):
-    """The feature map of a classifier, as a module."""
-
     def __init__(self, classifier: Classifier) -> None:
         super().__init__()
         self.classifier = classifier
@@ -441,3 +447,80 @@ def _given_backbone(
         # a new head reads the mean of the map, whatever the model's own head reads
         given = given.with_head(state["head.weight"], state.get("head.bias"))
     return _WrappedFeatures(given, state)
+
+
+def export_onnx(
+    model: LPCAMModel,
+    path: Path | str,
+    *,
+    dynamic: bool = True,
+    size: tuple[int, int] | None = None,
+) -> ExportParity:
+    """Write a model as ONNX, after comparing the file with it in onnxruntime if installed.
+
+    The input is ``image``, uint8 RGB (B, H, W, 3), if the model has a preprocessing, which is then
+    part of the file; else ``images``, normalised float32 (B, c, H, W). The outputs are ``logits``
+    (B, N) and ``maps`` (B, N, H, W), float32. An earlier file is replaced only if the comparison
+    succeeds.
+
+    Args:
+        dynamic: whether the file takes images of any size from 32 pixels a side; otherwise only of
+            ``size``. The batch has any size in both cases. Ignored for a model of one image size.
+        size: height and width of the traced image, in pixels; None chooses one.
+
+    Raises LpcamError without onnx or onnxscript, and ArtefactError if the network cannot be
+    exported, or the file differs by more than 1e-4, is larger than 2 GiB, or cannot be written.
+    """
+    fixed = model.fixed_size
+    if size is None:
+        size = fixed or rounded_up(TRACED_SIZE, model.multiple)
+    if (fixed is not None and size != fixed) or size != rounded_up(size, model.multiple):
+        wanted = f"multiples of {model.multiple}" if fixed is None else f"{fixed[0]} x {fixed[1]}"
+        raise ArtefactError(f"size {size[0]} x {size[1]} does not fit: the model takes {wanted}")
+    return write_onnx(_LPCAMFile(model), path, dynamic=dynamic and fixed is None, size=size)
+
+
+class _LPCAMFile(ExportModule):
+    output = "maps"
+    limit = _MAP_ERROR
+
+    def __init__(self, model: LPCAMModel) -> None:
+        super().__init__(model.preprocessing, model.channels, model.multiple)
+        self.grid = "" if model.enlarge else "grid_"
+        self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
+
+    def forward(self, images: Tensor) -> Outputs:
+        found: Outputs = self.model(self.normalised(images))
+        return found
+
+    def error(self, images: Tensor, expected: Tensor, found: Tensor) -> float:
+        # Rounding of a map that is hardly above zero before its normalisation counts less.
+        difference = (found - expected).abs()
+        if self.model.head.normalize is not None:
+            images = self.normalised(images)
+            size = (images.shape[-2], images.shape[-1]) if self.model.enlarge else None
+            with torch.no_grad():
+                features, *_ = self.model.features(images)
+                top = self.model.head.activation(features, size).amax((-2, -1), keepdim=True)
+            difference = difference * (top / (top + _COSINE_ERROR / _MAP_ERROR))
+        return float(difference.max())
+
+    def meaning(self) -> str:
+        taken = "image: uint8 RGB (batch, height, width, 3)"
+        if not self.takes_pixels:
+            taken = f"images: float32, normalised (batch, {self.channels}, height, width)"
+        grid = "height, width" if self.model.enlarge else "feature grid"
+        return (
+            f"{taken}. logits: float32 (batch, classes). maps: float32 (batch, classes, {grid}), "
+            f"{'from 0 to 1' if self.model.head.normalize else 'at least 0'}"
+        )
+
+    def metadata(self) -> dict[str, Any]:
+        preprocessing = self.model.preprocessing
+        return {
+            "classes": list(self.model.classes),
+            "preprocessing": asdict(preprocessing) if preprocessing else None,
+            "normalize": self.model.head.normalize,
+            "versions": versions(),
+            "made_by": self.model.made_by,
+        }

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import abc
-import contextlib
 import importlib.util
 import json
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,17 @@ class ExportModule(nn.Module, abc.ABC):
     output: str  #: Name of the output beside ``logits``.
     limit: float  #: Largest accepted error of that output.
     grid = ""  #: What the height and width of outputs are called before these words.
+    pixel_mean: Tensor
+    pixel_std: Tensor
 
     def __init__(
         self, preprocessing: Preprocessing | None, channels: int = 3, multiple: int = 1
     ) -> None:
         super().__init__()
-        self.pixels = _FromPixels(preprocessing) if preprocessing else None
+        self.takes_pixels = preprocessing is not None
+        for name, values in asdict(preprocessing).items() if preprocessing else ():
+            # in the file "mean" is also the name of a step
+            self.register_buffer(f"pixel_{name}", torch.tensor(values)[:, None, None])
         self.channels, self.multiple = channels, multiple
         self.input = "image" if preprocessing else "images"
 
@@ -81,19 +85,20 @@ class ExportModule(nn.Module, abc.ABC):
 
     def normalised(self, images: Tensor) -> Tensor:
         """Normalised float32 (B, c, H, W) of the file's input."""
-        found: Tensor = images if self.pixels is None else self.pixels(images)
-        return found
+        if not self.takes_pixels:
+            return images
+        return (images.permute(0, 3, 1, 2).float() / 255.0 - self.pixel_mean) / self.pixel_std
 
     def example(self, count: int, size: tuple[int, int]) -> Tensor:
         """An input of ``count`` images of a size, for tracing and comparing."""
         images = _photograph(count, size, self.channels)
-        if self.pixels is not None:
+        if self.takes_pixels:
             return images
         return (images.permute(0, 3, 1, 2).float() / 127.5 - 1.0).contiguous()
 
     def dimensions(self, dynamic: bool) -> dict[int, str]:
         """Names of the input's axes that have any length."""
-        first = 1 if self.pixels is not None else 2
+        first = 1 if self.takes_pixels else 2
         return {0: "batch", **({first: "height", first + 1: "width"} if dynamic else {})}
 
     def described(self, size: tuple[int, int], *, dynamic: bool) -> tuple[str, dict[str, Any]]:
@@ -110,35 +115,31 @@ class ExportModule(nn.Module, abc.ABC):
         return text, {**self.metadata(), "sides": sides}
 
 
-class _FromPixels(nn.Module):
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        for name, values in (("mean", preprocessing.mean), ("std", preprocessing.std)):
-            self.register_buffer(name, torch.tensor(values)[:, None, None])
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, H, W, C) uint8 to (B, C, H, W) float32, normalised."""
-        return (images.permute(0, 3, 1, 2).float() / 255.0 - self.mean) / self.std
-
-
 def rounded_up(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Height and width, each the next multiple of a number."""
     height, width = (-(-side // multiple) * multiple for side in size)
     return height, width
 
 
-@contextlib.contextmanager
-def exporting(size: tuple[int, int], *, dynamic: bool) -> Iterator[None]:
-    """Silence torch's exporters, and raise ArtefactError if one of them fails on a network."""
+def _export(module: ExportModule, *, dynamic: bool, size: tuple[int, int]) -> Any:
+    """The ONNX model of a module; ArtefactError if torch's exporter fails on it."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
+        # The exporter takes a batch of one for a constant, and refuses ranges it cannot prove.
         with warnings.catch_warnings(action="ignore"), torch.no_grad():
-            yield
-    except Exception as error:  # the exporters raise whatever one of their passes meets
+            program: Any = torch.onnx.export(
+                module,
+                (module.example(2, size),),
+                dynamo=True,
+                opset_version=_OPSET,
+                dynamic_shapes=(module.dimensions(dynamic),),
+                input_names=[module.input],
+                output_names=["logits", module.output],
+                verbose=False,
+            )
+            return program.model_proto
+    except Exception as error:  # the exporter raises whatever one of its passes meets
         what = "with images of any size" if dynamic else f"at {size[0]} x {size[1]} pixels"
         advice = "; dynamic=False with the size of your images may do" if dynamic else ""
         cause = " ".join(str(error.__cause__ or error).split())
@@ -152,23 +153,11 @@ def exporting(size: tuple[int, int], *, dynamic: bool) -> Iterator[None]:
 def write_onnx(
     module: ExportModule, path: Path | str, *, dynamic: bool, size: tuple[int, int]
 ) -> ExportParity:
-    """Write a module on the CPU as ONNX; see :func:`lpcam.formats.models.exporters.export_onnx`."""
-    text, values = module.described(size, dynamic=dynamic)
+    """Write a module on the CPU as ONNX, as :func:`.lpcam_model.export_onnx` describes."""
+    path, (text, values) = Path(path), module.described(size, dynamic=dynamic)
     for name in ("onnx", "onnxscript"):
         import_extra(name, "onnx", f"the export to ONNX needs {name}")
-    # The exporter takes a batch of one for a constant, and refuses ranges that it cannot prove.
-    with exporting(size, dynamic=dynamic):
-        program: Any = torch.onnx.export(
-            module,
-            (module.example(2, size),),
-            dynamo=True,
-            opset_version=_OPSET,
-            dynamic_shapes=(module.dimensions(dynamic),),
-            input_names=[module.input],
-            output_names=["logits", module.output],
-            verbose=False,
-        )
-        model = program.model_proto
+    model = _export(module, dynamic=dynamic, size=size)
     _name_axes(model.graph, module.dimensions(dynamic), module.grid)
     _describe(model, text, values)
     if model.ByteSize() > _LARGEST_FILE:
@@ -177,47 +166,29 @@ def write_onnx(
             f"{_LARGEST_FILE:,}; export a smaller network"
         )
     data: bytes = model.SerializeToString()
-
-    def open_file() -> Callable[[Tensor], Outputs] | None:
-        if importlib.util.find_spec("onnxruntime") is None:
-            return None
-        onnxruntime = importlib.import_module("onnxruntime")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = torch.get_num_threads()
-        session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-
-        def run(images: Tensor) -> Outputs:
-            first, second = session.run(None, {module.input: images.numpy()})
-            return torch.from_numpy(first), torch.from_numpy(second)
-
-        return run
-
-    return compare_and_write(module, data, open_file, path, size, dynamic=dynamic)
-
-
-def compare_and_write(
-    module: ExportModule,
-    data: bytes,
-    open_file: Callable[[], Callable[[Tensor], Outputs] | None],
-    path: Path | str,
-    size: tuple[int, int],
-    *,
-    dynamic: bool,
-) -> ExportParity:
-    """Write a file if its outputs agree with those of its module on images of one or two sizes.
-
-    ``open_file`` gives the function that runs the file, or None if there is no runtime.
-    """
-    path = Path(path)
-    advice = "give dynamic=False and the size of your images" if dynamic else "try another export"
     other = _OTHER_SIZE if size != _OTHER_SIZE else TRACED_SIZE
     sizes = (size, rounded_up(other, module.multiple))[: 2 if dynamic else 1]
+    sizes = sizes if importlib.util.find_spec("onnxruntime") else ()
+    errors = _compare(module, data, path, sizes, dynamic=dynamic)
+    write_bytes(path, data)
+    return ExportParity(path, dynamic, bool(sizes), sizes, errors)
+
+
+def _compare(
+    module: ExportModule,
+    data: bytes,
+    path: Path,
+    sizes: Sequence[tuple[int, int]],
+    *,
+    dynamic: bool,
+) -> dict[str, float]:
+    """The largest differences of a file from its module; ArtefactError if they are too large."""
+    advice = "give dynamic=False and the size of your images" if dynamic else "try another export"
+    names = ("logits", module.output)
     try:
-        run = open_file()
-        sizes = () if run is None else sizes
+        run = _open_file(module, data) if sizes else None
         found = [_errors(module, run, count, tried) for count, tried in enumerate(sizes, start=1)]
-    except Exception as error:  # the runtimes' errors have no common base class
+    except Exception as error:  # the runtime's errors have no common base class
         raise ArtefactError(
             f"the exported model cannot be run ({' '.join(str(error).split()):.300}); {path} is "
             f"not written; {advice}"
@@ -229,10 +200,21 @@ def compare_and_write(
                 f"{logits:.2g} of the largest, {module.output} by {second:.2g} (at most "
                 f"{_LOGIT_ERROR} and {module.limit} accepted); {path} is not written; {advice}"
             )
-    names = ("logits", module.output)
-    errors = dict(zip(names, map(max, zip(*found, strict=True)), strict=False))
-    write_bytes(path, data)
-    return ExportParity(path, dynamic, bool(sizes), sizes, errors)
+    return dict(zip(names, map(max, zip(*found, strict=True)), strict=False))
+
+
+def _open_file(module: ExportModule, data: bytes) -> Callable[[Tensor], Outputs]:
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Outputs:
+        first, second = session.run(None, {module.input: images.numpy()})
+        return torch.from_numpy(first), torch.from_numpy(second)
+
+    return run
 
 
 def _errors(

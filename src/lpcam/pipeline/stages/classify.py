@@ -14,7 +14,7 @@ from lpcam.classifiers.classifier import RANDOM, Classifier
 from lpcam.classifiers.finetuning import finetune
 from lpcam.classifiers.probe import fit_probe, pooled_features
 from lpcam.data.dataset import Item
-from lpcam.data.label_findings import label_findings
+from lpcam.data.survey import label_findings
 from lpcam.pipeline.cache import Task
 from lpcam.pipeline.context import Context
 from lpcam.runtime.errors import DataError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lpcam.data.dataset import ClassTable, Item
-from lpcam.data.label_findings import label_findings
+from lpcam.data.survey import label_findings
 
 
 @pytest.mark.parametrize(
