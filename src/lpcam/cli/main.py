@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lpcam.cli import data, explain, export, prototypes, run  # noqa: F401 - they declare the commands
+from lpcam.cli import data, doctor, explain, export, prototypes, run  # noqa: F401 - they declare the commands
 from lpcam.cli.command import COMMANDS, GROUPS, PARENTS, Command, Invocation, parse_changes
 from lpcam.runtime.errors import LpcamError
 from lpcam.runtime.versions import __version__
