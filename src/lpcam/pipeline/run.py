@@ -171,13 +171,12 @@ def _work(
     last = max((place for place, name in enumerate(names, 1) if name in use), default=0)
     # a stage without a record before one that has it had nothing to do
     usual = {name: use.get(name, {}).get("seconds", 0.0) for name in names[:last]}
-    watch = Watch(None if only else folder.progress, ["data", *names], usual, command)
+    path = folder.progress if processes.first and only is None else None
+    watch = Watch(path, ["data", *names], usual, command)
     with ExitStack() as holds:
         if processes.first:  # for all of them
             holds.enter_context(locked(recipe.folder))
             holds.enter_context(watched(watch))
-        else:
-            watch.path = None
         processes.wait()
         context = Context(recipe, command, processes, device, stages=names, only=only, lists=lists)
         if take is not None:

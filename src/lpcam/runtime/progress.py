@@ -42,16 +42,14 @@ class Watch:
         command: str = "",
     ) -> None:
         self.path, self._written = path, -math.inf
-        self.stages: dict[str, dict[str, Any]] = {
-            name: {"name": name, "usual": usual.get(name)} for name in stages
-        }
+        self.stages = {name: {"name": name, "usual": usual.get(name)} for name in stages}
         self.state: dict[str, Any] = {"command": command, "current": stages[0]}
 
     def update(self, stage: str | None = None, **values: Any) -> None:
         """Change what is known of the current stage, after ``stage`` has become it."""
         if stage is not None:
             self.state["current"], values["since"] = stage, time.time()
-        self.stages[self.state["current"]] |= values
+        self.stages[self.state["current"]].update(values)
         if time.monotonic() - self._written >= WRITE_EVERY_SECONDS:
             self.write()
 
@@ -151,8 +149,7 @@ def progress(label: str, total: int, *, done: int = 0) -> Iterator[Advance]:
             if finished > done:
                 left = (now - started) / (finished - done) * (total - finished)
             if watch is not None:
-                told = {"label": label, "done": finished, "total": total, "left": left}
-                watch.update(None, **told, remark=remark)
+                watch.update(label=label, done=finished, total=total, left=left, remark=remark)
             if now - last < LINE_EVERY_SECONDS or left is None or sys.stderr.isatty():
                 return
             last = now
