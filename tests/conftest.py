@@ -52,6 +52,12 @@ def process_state() -> Iterator[None]:
     start_process_state()
 
 
+@pytest.fixture(autouse=True)
+def weights_can_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights to download count as cached, so that no test asks a network for them."""
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "model.safetensors")
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real photographs and weights, which are not part of the project."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -11,12 +15,14 @@ from safetensors.torch import load_file, save_file
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
+from lpcam.classifiers import classifier as module
 from lpcam.classifiers.classifier import (
     BackboneSpec,
     Classifier,
     Preprocessing,
     SameConvolution,
     build,
+    check_download,
 )
 from lpcam.runtime.errors import ClassifierError
 
@@ -359,3 +365,78 @@ def test_same_convolution_is_timms(
             width = 1 + 7 * height % 20
             images = torch.randint(-5, 6, (1, 4, height, width), generator=generator).float()
             assert torch.equal(ours(images), theirs(images)), (height, width)
+
+
+# -- Weights to be downloaded --------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """A hub that answers with the status in its list, and notes requests; nothing is cached."""
+    asked = ["200"]
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            asked.append(self.path)
+            if asked[0] == "never":
+                return time.sleep(1.0)
+            self.send_response(int(asked[0]))
+            if asked[0] == "404":
+                self.send_header("X-Error-Code", "EntryNotFound")
+            if asked[0] == "403":
+                self.send_header("X-Error-Code", "GatedRepo")
+            self.send_header("Content-Length", "10")
+            return self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
+    template = (
+        f"http://127.0.0.1:{server.server_port}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    )
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+WEIGHTS_FILE = "/timm/mobilenetv2_100.ra_in1k/resolve/main/model.safetensors"
+
+
+@pytest.mark.parametrize("status", ["200", "404"])
+def test_weights_that_can_be_downloaded(hub: list[str], status: str) -> None:
+    hub[0] = status  # 404: the repository has its file under another name
+    check_download("mobilenetv2_100")
+    assert WEIGHTS_FILE in hub
+
+
+@pytest.mark.parametrize("status", ["403", "503", "never"])
+def test_weights_that_cannot_are_asked_for_once(
+    hub: list[str], status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub[0] = status
+    monkeypatch.setattr(module, "HUB_SECONDS", 0.5 if status == "never" else 30.0)
+    with pytest.raises(ClassifierError, match=WEIGHTS_FILE):
+        check_download("mobilenetv2_100")
+    assert hub.count(WEIGHTS_FILE) == 1
+    with pytest.raises(ClassifierError, match="bundled"):  # before a model is made
+        build(BackboneSpec("mobilenetv2_100", {}), ["a"], weights="pretrained")
+
+
+def test_cached_weights_and_other_models_need_no_network(
+    hub: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_download("test_no_such_model")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: "model.safetensors")
+    check_download("mobilenetv2_100")
+    assert hub[1:] == []
+
+
+def test_offline_mode_is_told(hub: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ClassifierError, match="HF_HUB_OFFLINE"):
+        check_download("mobilenetv2_100")

@@ -71,10 +71,10 @@ def test_the_help_lists_the_commands_in_groups(capsys: pytest.CaptureFixture[str
     assert end.value.code == 0
     groups = {
         "start": "demo init run",
-        "look": "report prototypes explain serve",
+        "look": "status report prototypes explain serve",
         "use": "evaluate predict refine segment",
         "exchange": "convert data export import",
-        "about": "recipe",
+        "about": "recipe doctor",
     }
     found = re.findall(r"^(\w+):\n((?:  .*\n)+)", capsys.readouterr().out, re.MULTILINE)
     shown = {group: {line.split()[0] for line in lines.splitlines()} for group, lines in found}

@@ -197,6 +197,8 @@ def test_stopped_again_and_again(
     def replace(*arguments: Any) -> None:
         nonlocal writes
         write(*arguments)
+        if Path(arguments[1]).name == "progress.json":
+            return
         writes += 1
         if writes % 7 == 0:
             raise KeyboardInterrupt

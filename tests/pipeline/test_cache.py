@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from lpcam.pipeline.cache import RECORD, Result, locked
+from lpcam.pipeline.cache import RECORD, Result, in_use, locked
 from lpcam.runtime.errors import ArtefactError
 from lpcam.runtime.files import digest_json
 from lpcam.runtime.versions import versions
@@ -130,11 +130,14 @@ def test_a_record_of_another_kind_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_a_second_run_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "a"
+    assert not in_use(folder)
     with locked(folder):
+        assert in_use(folder)
         with pytest.raises(ArtefactError, match=r"another run uses .*a;"), locked(folder):
             pass
         with locked(tmp_path / "b"):
             pass
+    assert not in_use(folder)
     with locked(folder):
         pass
 

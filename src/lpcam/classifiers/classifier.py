@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 import difflib
+import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import EntryNotFoundError
 from numpy.typing import NDArray
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.conv2d_same import Conv2dSame
@@ -29,6 +33,7 @@ from lpcam.training.saved_network import SavedNetwork
 
 PRETRAINED = "pretrained"
 RANDOM = "random"
+HUB_SECONDS = 5.0  #: How long the hub may take to answer whether it has weights.
 NO_CLASSES = ("none",)  #: Class names of a classifier whose backbone alone is used.
 PROBE_SIZE = (97, 131)  #: (H, W) of the image that tests a backbone, not round numbers.
 TOLERANCE = 1e-4  #: Largest relative difference of logits that counts as rounding.
@@ -286,11 +291,51 @@ def check_backbone(name: str) -> None:
         raise ClassifierError(f"timm has no model {name!r}; {hint}")
 
 
+def check_download(name: str) -> None:
+    """Refuse a timm model whose pretrained weights are neither cached nor can be downloaded.
+
+    The hub gets one request, without the retries of a download. Models that timm loads from
+    elsewhere are not checked.
+
+    Raises:
+        ClassifierError: if the hub does not answer within seconds, or refuses; says what to do.
+    """
+    config, file = timm.get_pretrained_cfg(name), "model.safetensors"
+    repository = config and config.hf_hub_id
+    if not repository or isinstance(huggingface_hub.try_to_load_from_cache(repository, file), str):
+        return
+    url = huggingface_hub.hf_hub_url(repository, file)
+    answer: Future[object] = Future()
+
+    def ask() -> None:
+        try:
+            answer.set_result(huggingface_hub.get_hf_file_metadata(url, timeout=HUB_SECONDS))
+        except Exception as error:  # the hub client may raise anything
+            answer.set_exception(error)
+
+    # A thread, as a request's timeout does not bound how long the hub's address is looked up.
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        answer.result(HUB_SECONDS)
+    except EntryNotFoundError:
+        return  # timm knows other names of the file
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or f"no answer within {HUB_SECONDS:g} s"
+        raise ClassifierError(
+            f"the weights of {name!r} cannot be downloaded ({reason}). Download {url} on a machine "
+            "that can, and give the file: lpcam init --weights FILE, or the key 'weights' of the "
+            "recipe. To try the steps without a download: lpcam init --backbone bundled (trained "
+            "on drawings, not for photographs)"
+        ) from error
+
+
 def _create(spec: BackboneSpec, *, pretrained: bool, **options: Any) -> nn.Module:
     arguments = dict(spec.arguments)
     if spec.output_stride is not None:
         arguments["output_stride"] = spec.output_stride
     check_backbone(spec.name)
+    if pretrained:
+        check_download(spec.name)
     try:
         model: nn.Module = timm.create_model(
             spec.name, pretrained=pretrained, **options, **arguments

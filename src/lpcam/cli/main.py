@@ -9,7 +9,15 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from lpcam.cli import data, experiment, explain, export, prototypes, run  # noqa: F401 - they declare the commands
+from lpcam.cli import (  # noqa: F401 - they declare the commands
+    data,
+    doctor,
+    experiment,
+    explain,
+    export,
+    prototypes,
+    run,
+)
 from lpcam.cli.command import COMMANDS, GROUPS, PARENTS, Command, Invocation, parse_changes
 from lpcam.runtime.errors import LpcamError
 from lpcam.runtime.versions import __version__

@@ -1,4 +1,4 @@
-"""Commands that start and look at runs: demo, init, run, report, evaluate, refine, segment,
+"""Commands that start and look at runs: demo, init, run, status, report, evaluate, refine, segment,
 recipe."""
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def demo(call: Invocation, folder: Path) -> int:
     ),
     *READING,
     ANYWAY,
-    Argument("--backbone", default="mobilenetv2_100", help="Name of a timm model."),
+    Argument("--backbone", default="mobilenetv2_100", help="A timm model, or 'bundled' (a try)."),
     Argument("--weights", default="pretrained", help="'pretrained' or a safetensors file."),
     group="start",
 )
@@ -117,6 +117,13 @@ def _in_processes(work: Callable[[], RunResult]) -> int:
     if first:
         _print_result(result)
     distributed.leave()
+    return 0
+
+
+@command("status", RUN, group="look")
+def status(call: Invocation, run: Path) -> int:
+    """Tell what a run does, from another shell: stages, time left, how to resume."""
+    print(pipeline.status(run))
     return 0
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from lpcam.data.dataset import ClassTable, Item
 from lpcam.runtime.files import write_json
+from lpcam.runtime.progress import duration
 from lpcam.runtime.versions import versions
 
 MOST_NAMED = 3  #: Images or classes that a line of a summary names; the JSON names all.
@@ -193,7 +194,7 @@ class Survey:
         yield ["list", "images", "labelled", "masks", *costs, *["lies within"] * nested]
         for one in self.lists:
             if estimate is not None:
-                costs = [_duration(estimate.seconds[one.name]), _bytes(estimate.disk[one.name])]
+                costs = [duration(estimate.seconds[one.name]), _bytes(estimate.disk[one.name])]
             counts = [f"{count:,}" for count in (one.images, one.labelled, one.masks)]
             yield [one.name, *counts, *costs, *[", ".join(one.within)] * nested]
 
@@ -230,12 +231,6 @@ def _how(estimate: Estimate) -> str:
         f"{estimate.device}; without start, fit, clustering, evaluation and report."
         f"{again * bool(lists)}"
     )
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1.0, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def _bytes(count: int) -> str:

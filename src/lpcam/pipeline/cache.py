@@ -185,3 +185,13 @@ def locked(folder: Path) -> Iterator[None]:
         for path in folder.glob(".*.tmp"):
             path.unlink()
         yield
+
+
+def in_use(folder: Path) -> bool:
+    """Tell whether a process holds the lock of a run folder."""
+    try:
+        with (folder / ".lock").open() as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError)
+    return False

@@ -10,7 +10,13 @@ from typing import Any
 
 import yaml
 
-from lpcam.classifiers.classifier import check_backbone
+from lpcam.classifiers.classifier import (
+    PRETRAINED,
+    RANDOM,
+    check_backbone,
+    check_download,
+    read_weights,
+)
 from lpcam.data.dataset import Dataset, Item, skip_lines
 from lpcam.data.inspection import FEW_IMAGES
 from lpcam.data.open_dataset import kind_of, open_dataset
@@ -19,11 +25,15 @@ from lpcam.data.reader import READERS, Reader
 from lpcam.data.survey import Finding, label_findings
 from lpcam.data.validation import check_images
 from lpcam.method.settings import LpcamSettings
-from lpcam.pipeline.recipe import parse_recipe
-from lpcam.runtime.errors import ClassifierError, DataError
+from lpcam.pipeline.recipe import bundled_text, parse_recipe
+from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import write_bytes
 from lpcam.runtime.progress import progress
 
+BUNDLED = "bundled"  #: Name of the backbone that comes with the package.
+DRAWINGS = """
+warning: the bundled backbone was trained on drawings. It shows that the steps work; for masks of
+photographs use weights that were trained on photographs"""
 OWN = ["labels", "separator", "no_class", "masks", "range", "orientation", "palette", "anyway"]
 """Keys of values that a recipe gets as they were given, or measured."""
 _TAKES_STRIDE = "resne[xt](?!38)|mobilenetv[12]|efficientnet|regnet|convnext"
@@ -41,10 +51,10 @@ data:
 {own}  classes: {classes}  # labels and mask ids of other classes are left out
 
 classifier:
-  backbone: {backbone}  # any timm model with a spatial feature map
-  output_stride: {stride}  # 16 gives maps twice as fine as the usual 32; not every model has it
-  weights: {weights}    # "pretrained" (fetched once), or the path of a safetensors file
-  # probe: a linear probe on the frozen backbone, in minutes; finetune needs a GPU
+  # backbone: any timm model with a spatial feature map
+  # weights: "pretrained" (fetched once), or the path of a safetensors file
+  # output_stride: 16 gives maps twice as fine as the usual 32; not every model has it
+{classifier}  # probe: a linear probe on the frozen backbone, in minutes; finetune needs a GPU
   method: probe
 
 lpcam:
@@ -75,24 +85,17 @@ def write_recipe(
 
     ``kind`` and ``reading`` as in :func:`lpcam.data.open_dataset.open_dataset`; given values are
     written to the recipe. The run uses the first list and tests on the last; without ``lists`` it
-    uses lists named like ``train`` and ``val``, if any.
+    uses lists named like ``train`` and ``val``, if any. The backbone ``bundled`` is the demo's.
     """
     folder = source.parent if source.is_file() else source
     path = folder / "recipe.yaml"
     if path.exists():
         raise DataError(f"{path} exists already; run it, or delete it to have a new one")
+    network = _network(backbone, weights)
     kind = kind or kind_of(source)
     reader = READERS[kind]
     opened = open_dataset(source, kind, **reading)
     dataset, truth = opened.dataset, opened.true_masks
-    check_backbone(backbone)
-    if weights.endswith(".safetensors"):
-        weights = str(Path(weights).expanduser().absolute())
-        if not Path(weights).is_file():
-            raise ClassifierError(
-                f"no weights file {weights!r}; give the path of a safetensors file of {backbone}, "
-                "or 'pretrained'"
-            )
     dataset, findings = look_at_pixels(dataset, truth)
     refuse_ruin(findings, anyway=anyway)
     reading |= {"range": dataset.reading.as_json().get("range"), "anyway": anyway or None}
@@ -127,15 +130,29 @@ def write_recipe(
         name=_flow(name.lstrip(" .-")[:100] or "run"),
         # a class that no image shows cannot be learnt
         classes=_flow([name for index, name in enumerate(dataset.classes.names) if index in shown]),
-        backbone=_flow(backbone),
-        stride=16 if re.search(_TAKES_STRIDE, backbone) else "null",
-        weights=_flow(weights),
+        classifier="".join(f"  {key}: {_flow(value)}\n" for key, value in network.items()),
         presets=", ".join(LpcamSettings.preset_names()),
     )
     parse_recipe(yaml.safe_load(text), base=folder, where=str(path))
     write_bytes(path, text.encode())
     masked = sum(i.mask is not None or i.id in truth for i in dataset.items.values())
-    return path, _summary(dataset, learnt, chosen, masked, findings)
+    summary = _summary(dataset, learnt, chosen, masked, findings)
+    return path, summary + (DRAWINGS if backbone == BUNDLED else "")
+
+
+def _network(backbone: str, weights: str) -> dict[str, Any]:
+    """Values of a recipe's classifier, whose weights are there or can be downloaded."""
+    if backbone == BUNDLED:
+        demo = yaml.safe_load(bundled_text("demo"))["classifier"]
+        return {key: value for key, value in demo.items() if key not in ("method", "probe")}
+    check_backbone(backbone)
+    if weights == PRETRAINED:
+        check_download(backbone)
+    elif weights != RANDOM:
+        weights = str(Path(weights).expanduser().absolute())
+        read_weights(Path(weights))
+    stride = 16 if re.search(_TAKES_STRIDE, backbone) else None
+    return {"backbone": backbone, "output_stride": stride, "weights": weights}
 
 
 def _lists(reader: Reader, dataset: Dataset, given: Sequence[str] | None) -> tuple[str, str] | None:

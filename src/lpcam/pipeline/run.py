@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lpcam.data.reader import ListName
-from lpcam.pipeline.cache import locked
+from lpcam.pipeline.cache import in_use, locked
 from lpcam.pipeline.context import Context, skips
 from lpcam.pipeline.datasets import SEGMENT_LISTS
 from lpcam.pipeline.recipe import Recipe, load_recipe
@@ -24,6 +25,7 @@ from lpcam.pipeline.stages.segment import give_segmenter, import_masks
 from lpcam.runtime.distributed import join
 from lpcam.runtime.errors import ArtefactError, RecipeError
 from lpcam.runtime.files import read_json, write_json
+from lpcam.runtime.progress import Watch, duration, state_lines, watched
 from lpcam.runtime.resources import peak_memory, reset_peak_memory
 
 logger = logging.getLogger(__name__)
@@ -118,6 +120,29 @@ def report(folder: Path, device: str | None = None) -> Path:
     return result.report
 
 
+def status(folder: Path) -> str:
+    """What the run of a folder does, or how far it came: stages, time left and warnings, as text.
+
+    Raises:
+        ArtefactError: if the folder holds no run.
+    """
+    run = RunFolder(folder)
+    if not run.progress.is_file():
+        run.load_recipe()
+        use = read_json(run.use) if run.use.is_file() else {}
+        took = [f"{n} {duration(use[n]['seconds'])}" for n in stage_names() if n in use]
+        return f"finished; no run is working on {folder}\nstages took: {', '.join(took)}"
+    state = read_json(run.progress)
+    at = f"at {state['current']}, {duration(time.time() - state['written'])} ago"
+    lines = [f"running; last change {at}"]
+    if not in_use(folder):
+        again = shlex.join(["lpcam", "run", str(run.recipe), "--run.folder", str(folder)])
+        lines = [f"stopped {at}: {state.get('error', 'the process was killed')}"]
+        lines += [f"to resume, run again: {state['command'] or again}"]
+    warnings = (f"warning: {text}" for text in state.get("warnings", ()))
+    return "\n".join([*lines, *state_lines(state), *warnings])
+
+
 def _work_on(
     recipe: Recipe,
     command: str,
@@ -145,8 +170,17 @@ def _work(
     stages = [stage for stage in stages if stage.present(recipe)]
     names = [stage.name for stage in stages]
     processes, device = join(recipe.run.device)
-    # The first process holds the folder for all of them.
-    with locked(recipe.folder) if processes.first else contextlib.nullcontext():
+    folder, started = RunFolder(recipe.folder), time.monotonic()
+    use = read_json(folder.use) if folder.use.is_file() else {}
+    last = max((place for place, name in enumerate(names, 1) if name in use), default=0)
+    # a stage without a record before one that has it had nothing to do
+    usual = {name: use.get(name, {}).get("seconds", 0.0) for name in names[:last]}
+    path = folder.progress if processes.first and only is None else None
+    watch = Watch(path, ["data", *names], usual, command)
+    with ExitStack() as holds:
+        if processes.first:  # for all of them
+            holds.enter_context(locked(recipe.folder))
+            holds.enter_context(watched(watch))
         processes.wait()
         how: dict[str, Any] = {"stages": names, "only": only, "lists": lists, "shared": shared}
         context = Context(recipe, command, processes, device, **how)
@@ -157,8 +191,11 @@ def _work(
         for stage in stages:
             if stage.validate is not None and only is None:
                 stage.validate(context)
+        watch.update(seconds=time.monotonic() - started)
         for stage in stages:
-            _work_stage(context, stage)
+            watch.state["warnings"] = context.warnings
+            watch.update(stage.name)
+            watch.update(seconds=_work_stage(context, stage))
         processes.wait()
     page = context.folder.report
     made = page if "report" in names and page.is_file() else None
@@ -166,13 +203,15 @@ def _work(
     return RunResult(context.folder.path, context.rows, skipped, made, context.warnings)
 
 
-def _work_stage(context: Context, stage: Stage) -> None:
+def _work_stage(context: Context, stage: Stage) -> float | None:
+    """Do the work of a stage; its seconds, or None if it was up to date."""
     started, before = time.monotonic(), context.passes
     reset_peak_memory()
     again = context.only == stage.name
     worked = [context.execute(task, again=again) for task in stage.tasks(context)]
-    if any(worked):
-        seconds, passes = time.monotonic() - started, context.passes - before
+    seconds = time.monotonic() - started if any(worked) else None
+    if seconds is not None:
+        passes = context.passes - before
         told = f", {passes:,} passes" if passes else ""
         logger.info("%s: done in %.1f s%s", stage.name, seconds, told)
         if context.processes.first:
@@ -186,3 +225,4 @@ def _work_stage(context: Context, stage: Stage) -> None:
             write_json(path, use)
     elif worked:  # else a host or refinement that has no use for this stage
         logger.info("%s: up to date", stage.name)
+    return seconds

@@ -106,6 +106,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.json"  #: The scores with their protocol.
         self.image_scores = self.path / "evaluation/images.json"  #: Each image's mIoU by method.
         self.use = self.path / "use.json"  #: Time and peak memory of each stage.
+        self.progress = self.path / "progress.json"  #: What an unfinished run does, or did last.
         self.sheet = self.path / "sheet.png"  #: The contact sheet.
         self.report = self.path / "report.html"
         self.truth = self.path / "truth"  #: Masks painted from annotations.
