@@ -27,8 +27,8 @@ demo: install
 	$(BIN)/lpcam demo
 
 check: install
-	$(BIN)/ruff check src tests benchmarks docs tools
-	$(BIN)/ruff format --check src tests benchmarks docs tools
+	$(BIN)/ruff check src tests benchmarks docs examples tools
+	$(BIN)/ruff format --check src tests benchmarks docs examples tools
 	$(BIN)/mypy
 
 # Tests of one file stay together: they share what is costly to make. Slow files come first, so

@@ -12,7 +12,7 @@ from lpcam.runtime.versions import __version__
 project = "LPCAM"
 author = "the LPCAM contributors"
 version = release = __version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "from_code", "llms"]
 exclude_patterns = ["_build"]
 highlight_language = "none"  # a block without a language holds commands or a tree of files
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import socket
@@ -177,10 +178,49 @@ def test_there_is_no_preflight(client: TestClient) -> None:
     assert not [name for name in answer.headers if name.startswith("access-control")]
 
 
-def test_too_many_bytes_are_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "MAXIMUM_BYTES", 1000)
+def test_too_many_bytes_are_refused(explainer: Explainer) -> None:
+    client = limited(explainer, size=1000)
     for data in (bytes(1001), (bytes(100) for _ in range(50))):  # the second has no length
         refused(send(client, data), 413, "the file is larger than")
+
+
+def limited(explainer: Explainer, **limits: Any) -> TestClient:
+    app = server.application(
+        explainer, name="tiny", port=PORT, threads=1, limits=server.Limits(**limits)
+    )
+    return TestClient(app, base_url=HOME)
+
+
+def test_a_side_bounds_what_one_image_costs(explainer: Explainer, photograph: bytes) -> None:
+    client = limited(explainer, side=45)
+    answer = send(client, photograph).json()
+    assert (answer["width"], answer["height"]) == (45, 35)
+    mask = send(client, photograph, "/mask?threshold=0.5&classes=0").content
+    assert Image.open(io.BytesIO(mask)).size == (45, 35)
+
+
+def test_a_slow_upload_ends(explainer: Explainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow(_request: Any, _most: int) -> bytes:
+        await asyncio.sleep(600)
+        return b""
+
+    monkeypatch.setattr(server, "_body", slow)
+    refused(send(limited(explainer, seconds=0.01), b""), 408, "in time")
+
+
+def test_a_proxy_s_own_address_may_be_allowed(explainer: Explainer, photograph: bytes) -> None:
+    own, frame = "https://demo.example", "https://frame.example"
+    app = server.application(
+        explainer, name="tiny", port=PORT, threads=1, origins=[own], framed_by=[frame]
+    )
+    with TestClient(app, base_url=own) as client:
+        policy = client.get("/").headers["content-security-policy"]
+        assert f"frame-ancestors {frame}; " in policy
+        assert "'none'; frame-ancestors" in policy
+        same = {"Origin": own, "Sec_Fetch_Site": "same-origin"}
+        assert send(client, photograph, **same).status_code == 200
+        refused(send(client, photograph, Origin=frame), 403, "only the page itself may send")
+        refused(client.get("/", headers={"Host": "evil.example"}), 421, "answers only as")
 
 
 def test_too_many_pixels_are_refused_undecoded(
@@ -230,18 +270,17 @@ def test_masks_that_cannot_be_are_refused(
 def test_uploads_are_processed_one_at_a_time(
     explainer: Explainer, photograph: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    app = server.application(explainer, name="tiny", port=PORT, threads=1)
-    monkeypatch.setattr(server, "MOST_WAITING", 2)
+    client = limited(explainer, waiting=2)
     both_read, go_on = threading.Event(), threading.Event()
     taken: list[int] = []
     at_once: list[int] = []
     body, highest = server._body, explainer.highest
 
-    async def counted(request: Any) -> bytes:
+    async def counted(request: Any, most: int) -> bytes:
         taken.append(1)
         if len(taken) == 2:
             both_read.set()
-        return await body(request)
+        return await body(request, most)
 
     def slow(image: Any, count: int) -> Any:
         at_once.append(1)
@@ -252,7 +291,7 @@ def test_uploads_are_processed_one_at_a_time(
 
     monkeypatch.setattr(server, "_body", counted)
     monkeypatch.setattr(explainer, "highest", slow)
-    with TestClient(app, base_url=HOME) as client, ThreadPoolExecutor(2) as pool:
+    with client, ThreadPoolExecutor(2) as pool:
         answers = [pool.submit(send, client, photograph, "/maps?quality=full") for _ in range(2)]
         assert both_read.wait(30)
         third = send(client, photograph)

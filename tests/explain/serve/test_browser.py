@@ -267,7 +267,7 @@ def test_too_large_files_are_not_even_sent(
 ) -> None:
     large = tmp_path / "large.jpg"
     with large.open("wb") as file:
-        file.truncate(server.MAXIMUM_BYTES + 1)
+        file.truncate(server.Limits().size + 1)
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url))
     page.set_input_files("#file", large)

@@ -10,7 +10,8 @@ import asyncio
 import base64
 import json
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -40,9 +41,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 ADDRESS = "127.0.0.1"
-MAXIMUM_BYTES = 32 * 2**20  #: Largest upload.
-BODY_SECONDS = 60.0
-MOST_WAITING = 4  #: Uploads in work or waiting; further ones are refused.
 MOST_CLASSES = 24  #: Classes whose maps one answer holds: those of the highest scores.
 PLANE_SIDE = 512  #: Long side in pixels of the maps that the page draws.
 PICTURE_SIDE = 1024  #: Long side in pixels of the picture that the page shows.
@@ -59,6 +57,23 @@ HEADERS = {
     "cache-control": "no-store",
 }
 _NEEDED = "serve needs starlette and uvicorn"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one upload may cost; larger and later ones are refused."""
+
+    size: int = 32 * 2**20
+    """Largest upload in bytes."""
+    seconds: float = 60.0
+    """Time in which an upload must arrive."""
+    waiting: int = 4
+    """Uploads in work or waiting; further ones are refused."""
+    side: int | None = None
+    """Long side in pixels to which images are shrunk, their masks too; None: as they are."""
+
+
+USUAL_LIMITS = Limits()
 
 
 class RefusedError(LpcamError):
@@ -114,20 +129,27 @@ def application(
     port: int,
     threads: int | None = None,
     patch: Callable[[int, str, int], Path] | None = None,
+    limits: Limits = USUAL_LIMITS,
+    origins: Sequence[str] = (),
+    framed_by: Sequence[str] = (),
 ) -> ASGIApp:
-    """The web application; arguments as of :func:`serve`."""
+    """The web application; arguments as of :func:`serve`.
+
+    ``origins`` are addresses besides this machine's under which a proxy shows the page, such as
+    ``https://demo.example``; ``framed_by`` are those of pages that may show it in a frame.
+    """
     import_extra("starlette", "serve", _NEEDED)
     from starlette.applications import Starlette  # noqa: PLC0415 - an extra
     from starlette.responses import JSONResponse, Response  # noqa: PLC0415
     from starlette.routing import Route  # noqa: PLC0415
 
-    queue = _Queue(threads or available_threads())
+    queue = _Queue(threads or available_threads(), limits)
     explainers = {"fast": explainer.fast(), "full": explainer}
     about = {
         "name": name,
         "classes": list(explainer.classes),
         "minimum_score": MINIMUM_SCORE,
-        "maximum_bytes": MAXIMUM_BYTES,
+        "maximum_bytes": limits.size,
         "scales": list(explainer.settings.scales),
         "flip": explainer.settings.flip,
         "heat": HEAT.astype(int).tolist(),
@@ -148,7 +170,7 @@ def application(
         def work(data: bytes) -> bytes:
             count = len(explainer.classes)
             count = count if count <= MOST_CLASSES else MOST_CLASSES // 2
-            found = chosen.highest(_decoded(data, explainer.reading), count)
+            found = chosen.highest(_decoded(data, explainer.reading, limits.side), count)
             return bytes(JSONResponse(answer_of(found, explainer)).body)
 
         return Response(await queue.work(request, work), media_type="application/json")
@@ -158,7 +180,7 @@ def application(
         chosen = asked(request)
 
         def work(data: bytes) -> bytes:
-            found = chosen(_decoded(data, explainer.reading), labels=labels)
+            found = chosen(_decoded(data, explainer.reading, limits.side), labels=labels)
             return png_bytes(found.mask(threshold, method=method), voc_palette().tobytes())
 
         return Response(await queue.work(request, work), media_type="image/png")
@@ -187,17 +209,22 @@ def application(
         ],
         exception_handlers={LpcamError: refuse, Exception: refuse},
     )
-    return _only_own_page(app, port)
+    return _only_own_page(app, port, origins, " ".join(framed_by) or "'none'")
 
 
-def _only_own_page(app: ASGIApp, port: int) -> ASGIApp:
+def _only_own_page(app: ASGIApp, port: int, origins: Sequence[str], framed_by: str) -> ASGIApp:
     """An application that refuses other hosts and other sites, and adds the security headers."""
     from starlette.datastructures import Headers  # noqa: PLC0415 - an extra
     from starlette.responses import JSONResponse  # noqa: PLC0415
 
     names = {ADDRESS, "localhost"}
     own_hosts = {f"{name}:{port}" for name in names} | (names if port == 80 else set())
-    own_origins = {f"http://{host}" for host in own_hosts}
+    own_origins = {f"http://{host}" for host in own_hosts} | set(origins)
+    own_hosts |= {origin.partition("://")[2] for origin in origins}
+    policy = HEADERS["content-security-policy"].replace(
+        "frame-ancestors 'none'", f"frame-ancestors {framed_by}"
+    )
+    closed = {**HEADERS, "content-security-policy": policy}
 
     def refusal(scope: Scope) -> Response | None:
         headers = Headers(scope=scope)
@@ -214,7 +241,7 @@ def _only_own_page(app: ASGIApp, port: int) -> ASGIApp:
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_closed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(key.encode(), value.encode()) for key, value in HEADERS.items()]
+                own = [(key.encode(), value.encode()) for key, value in closed.items()]
                 message = {**message, "headers": [*message["headers"], *own]}
             await send(message)
 
@@ -227,8 +254,8 @@ def _only_own_page(app: ASGIApp, port: int) -> ASGIApp:
 class _Queue:
     """Processes uploads one at a time; rejects them when too many wait."""
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, limits: Limits) -> None:
+        self.threads, self.limits = threads, limits
         self.waiting = 0
         self.lock = asyncio.Lock()
 
@@ -240,7 +267,7 @@ class _Queue:
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
         if not kind.startswith("image/") and kind != "application/octet-stream":
             raise RefusedError(415, f"the upload has the type {kind or 'none'}, not an image")
-        if self.waiting >= MOST_WAITING:
+        if self.waiting >= self.limits.waiting:
             raise RefusedError(503, "too many photographs are waiting; try again in a moment")
         self.waiting += 1
 
@@ -249,7 +276,7 @@ class _Queue:
             return work(data)
 
         try:
-            data = await asyncio.wait_for(_body(request), BODY_SECONDS)
+            data = await asyncio.wait_for(_body(request, self.limits.size), self.limits.seconds)
             async with self.lock:
                 return await run_in_threadpool(with_threads, data)
         except TimeoutError:
@@ -258,30 +285,31 @@ class _Queue:
             self.waiting -= 1
 
 
-async def _body(request: Request) -> bytes:
+async def _body(request: Request, most: int) -> bytes:
     from starlette.requests import ClientDisconnect  # noqa: PLC0415 - an extra
 
     parts, total = [], 0
     try:
         async for part in request.stream():
             total += len(part)
-            if total > MAXIMUM_BYTES:
-                raise RefusedError(413, f"the file is larger than {MAXIMUM_BYTES // 2**20} MB")
+            if total > most:
+                raise RefusedError(413, f"the file is larger than {most / 2**20:g} MB")
             parts.append(part)
     except ClientDisconnect:
         raise RefusedError(400, "the upload was interrupted") from None
     return b"".join(parts)
 
 
-def _decoded(data: bytes, reading: Reading) -> NDArray[np.uint8]:
+def _decoded(data: bytes, reading: Reading, side: int | None) -> NDArray[np.uint8]:
     """Pixels of an upload; its format and size are checked before it is decoded."""
     Image.init()
     formats = tuple(name for name in FORMATS if name in Image.OPEN)
     try:
-        return decode_image(data, "upload", formats=formats, reading=reading)
+        image = decode_image(data, "upload", formats=formats, reading=reading)
     except ImageError as error:
         reason = str(error).partition(";")[0]
         raise RefusedError(415, f"{reason}; send a JPEG, PNG, WebP, TIFF, GIF or BMP") from None
+    return image if side is None else limit_long_side(image, side)
 
 
 def _corrected(explainer: Explainer, text: str) -> Explainer:
