@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 from lpcam.cli.command import COMMANDS, parse_changes
-from lpcam.cli.main import _parser
+from lpcam.cli.main import _parser, joined
 from lpcam.pipeline.recipe import bundled_recipes, describe_fields
 
 ROOT = Path(__file__).parents[1]
@@ -184,15 +184,20 @@ def check_command(line: str) -> None:
     (chooser,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     if " ".join(words) in ("", *chooser.choices, *COMMANDS):
         return  # the name of a command in a sentence
-    options, rest = parser.parse_known_args(words)
-    if getattr(options, "recipe", None) is None:
+    options, rest = parser.parse_known_args(joined(words))
+    if not options.work.recipe_values:
         assert not rest, f"unknown arguments {rest}"
         return
     known = {key for key, _, _ in describe_fields()}
     sections = {key.rpartition(".")[0] for key in known}
     for key in parse_changes(rest):
         assert key in known | sections, f"no key {key} in a recipe"
-    if options.recipe.islower() and "/" not in options.recipe and "." not in options.recipe:
+    if (
+        options.recipe
+        and options.recipe.islower()
+        and "/" not in options.recipe
+        and "." not in options.recipe
+    ):
         assert options.recipe in bundled_recipes()
 
 

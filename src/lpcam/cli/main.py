@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
-    options, rest = parser.parse_known_args(_joined(given))
+    options, rest = parser.parse_known_args(joined(given))
     command: Command = options.work
     if rest and not command.recipe_values:
         parser.error(f"unknown arguments: {' '.join(rest)}")
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _joined(given: Sequence[str]) -> list[str]:
+def joined(given: Sequence[str]) -> list[str]:
     """The words with each value of a recipe joined to its key, as argparse does not know those."""
     command = COMMANDS.get(given[0]) if given else None
     if command is None or not command.recipe_values:

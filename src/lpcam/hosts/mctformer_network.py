@@ -378,6 +378,8 @@ def _stem(spec: MctformerSpec, cell: int, weights: str) -> models.Classifier:
 
 def _transformer(spec: MctformerSpec, **options: Any) -> nn.Module:
     models.check_backbone(spec.backbone)
+    if options.get("pretrained"):
+        models.check_download(spec.backbone)
     arguments = {k: v for k, v in spec.arguments.items() if k not in (STEM, STEM_ARGUMENTS)}
     try:
         model: nn.Module = timm.create_model(spec.backbone, num_classes=0, **options, **arguments)

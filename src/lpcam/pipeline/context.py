@@ -7,7 +7,7 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,7 +30,7 @@ from lpcam.data.validation import check_images
 from lpcam.evaluation.scoring import why_not_scored
 from lpcam.method.settings import METHODS, LpcamSettings, Method
 from lpcam.pipeline.cache import LEFTOVERS, Output, Record, Result, Task
-from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, read_dataset
+from lpcam.pipeline.datasets import LISTS, SEGMENT_LISTS, Given, read_dataset
 from lpcam.pipeline.engine import RunEngine, samples
 from lpcam.pipeline.recipe import Recipe
 from lpcam.pipeline.run_folder import RunFolder
@@ -65,14 +65,6 @@ FILE_SECONDS = 60.0  #: How long a file that another machine has written may tak
 N = TypeVar("N", bound=SavedNetwork)
 S = TypeVar("S")
 FileOf = Callable[[Path, str], Path]  #: Gives the file of an image's id in a folder.
-
-
-@dataclass(frozen=True)
-class Given:
-    """Maps or masks that another program made."""
-
-    folder: Path
-    key: str  #: Digest of their contents.
 
 
 class Context:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lpcam.data.dataset import Dataset
@@ -17,6 +17,14 @@ LISTS: tuple[ListName, ...] = ("classify", "prototypes", "maps", "evaluate")
 """The lists that every run needs."""
 SEGMENT_LISTS: tuple[ListName, ...] = ("segment", "test")
 """The lists of recipes with a section segment."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Maps or masks that another program made."""
+
+    folder: Path
+    key: str  #: Digest of their contents.
 
 
 def read_dataset(

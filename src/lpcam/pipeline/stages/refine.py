@@ -24,7 +24,8 @@ from lpcam.evaluation.judge import SHARE, THRESHOLDS
 from lpcam.hosts.base import folder_name
 from lpcam.method.seeds import seeds, to_mask
 from lpcam.pipeline.cache import Output, Record, Result, Task
-from lpcam.pipeline.context import Context, FileOf, Given, one_network, required
+from lpcam.pipeline.context import Context, FileOf, one_network, required
+from lpcam.pipeline.datasets import Given
 from lpcam.pipeline.run_folder import RESULTS, mask_path, refined_map_path
 from lpcam.pipeline.stages.judge import classifier_key, curves_of, sampled
 from lpcam.refine.base import (

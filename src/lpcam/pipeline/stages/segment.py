@@ -17,7 +17,8 @@ from lpcam.data.masks import enlarge_labels, read_index_mask, write_mask
 from lpcam.evaluation.scoring import row_of
 from lpcam.evaluation.segmentation import confusion, scores, truth_labels
 from lpcam.pipeline.cache import Output, Record, Result, Task
-from lpcam.pipeline.context import Context, Given, required
+from lpcam.pipeline.context import Context, required
+from lpcam.pipeline.datasets import Given
 from lpcam.pipeline.run_folder import TRAINED_ON, mask_path
 from lpcam.pipeline.stages import refine
 from lpcam.refine.crf import CrfSettings
