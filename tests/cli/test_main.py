@@ -71,7 +71,7 @@ def test_the_help_lists_the_commands_in_groups(capsys: pytest.CaptureFixture[str
     assert end.value.code == 0
     groups = {
         "start": "demo init run",
-        "look": "status report prototypes explain serve",
+        "look": "experiment status report prototypes explain serve",
         "use": "evaluate predict refine segment",
         "exchange": "convert data export import",
         "about": "recipe doctor",
@@ -219,7 +219,6 @@ def test_memory_must_be_positive(memory: str, capsys: pytest.CaptureFixture[str]
         (["run", "RECIPE", "more"], "'more'"),
         (["run", "RECIPE", "--data.root", "none"], "none"),
         (["run", "--run.seed", "3", "none.yaml"], "'none.yaml'"),
-        (["refine", "RECIPE", "--run.seed", "x", "maps"], "run.seed"),
         (["run", "RECIPE", "--until", "cams"], "'cams'.*classify, cam, "),
         (["run", "RECIPE", "--until", "host"], "'host'.*host.method"),
         (["run", "RECIPE", "--classifier.backbone", "x9"], "'x9'"),
