@@ -88,11 +88,12 @@ def _trained(part: Any, settings: Any, images: int) -> float:
     """Pixels of all crops of a training, three times each; by its iterations or epochs."""
     if steps := getattr(settings, "iterations", None):
         images = getattr(settings, "batch_size", 0) or 2 * settings.pairs
-    return 0.0 if part.trained else 3.0 * (steps or settings.epochs) * images * settings.crop**2
+    pixels = 3.0 * (steps or settings.epochs) * images * settings.crop**2
+    return 0.0 if part.trained else float(pixels)
 
 
 def _passes(settings: Any) -> float:
-    return sum(scale**2 for scale in settings.scales) * (2.0 if settings.flip else 1.0)
+    return float(sum(scale**2 for scale in settings.scales)) * (2 if settings.flip else 1)
 
 
 def _costs(recipe: Recipe, known: dict[str, Any]) -> tuple[dict[str, tuple[float, float]], float]:
@@ -101,7 +102,7 @@ def _costs(recipe: Recipe, known: dict[str, Any]) -> tuple[dict[str, tuple[float
     data = _once(known, (recipe.data, segment is None), lambda: _data(recipe))
     classes, area, item = data["classes"], prod(data["size"]), DTYPES[recipe.maps.features].itemsize
     mapped = data["maps"] * area
-    make = partial(build, section.spec(), classes.names, weights=RANDOM)
+    make: Callable[[], Any] = partial(build, section.spec(), classes.names, weights=RANDOM)
     flops, cells, channels, size = _once(known, section, make)
     kept = mapped * _passes(lpcam) * cells * channels * item
     kept *= kept < (recipe.run.memory or SUPPOSED["memory"]) * GIB / 2
