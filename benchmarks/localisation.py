@@ -28,7 +28,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.faithfulness_measures import deletion, insertion
 from benchmarks.fit_against_training import fit
+from benchmarks.localisation_measures import (
+    BoxAccuracy,
+    PixelAveragePrecision,
+    class_truth,
+    truth_boxes,
+)
 from benchmarks.measure import (
     MISSING,
     Spread,
@@ -51,13 +58,6 @@ from lpcam.data.images import read_image
 from lpcam.data.masks import read_index_mask
 from lpcam.data.resize import scaled_size
 from lpcam.data.voc import read_voc
-from lpcam.evaluation.faithfulness import deletion, insertion
-from lpcam.evaluation.localisation import (
-    BoxAccuracy,
-    PixelAveragePrecision,
-    class_truth,
-    truth_boxes,
-)
 from lpcam.evaluation.segmentation import (
     DEFAULT_THRESHOLDS,
     ThresholdSweep,

@@ -14,7 +14,6 @@ from lpcam.method.objects import (
     Box,
     Point,
     boxes,
-    component_boxes,
     components,
     instances,
     points,
@@ -65,14 +64,6 @@ def test_boxes_by_hand() -> None:
 def test_the_threshold_itself_is_background() -> None:
     assert boxes(TWO, 0.9) == []
     assert boxes(TWO, 0.8) == [Box(0, 0, 1, 1, 0.9, 1)]
-
-
-def test_boxes_alone_are_those_of_the_records() -> None:
-    rng = np.random.default_rng(2)
-    for share in (0.0, 0.2, 0.4, 0.6):
-        mask = rng.random((15, 18)) < share
-        expected = [[b.x0, b.y0, b.x1, b.y1] for b in boxes(mask)]
-        assert component_boxes(torch.from_numpy(mask)).tolist() == expected
 
 
 def test_tensors_arrays_and_masks_serve_alike() -> None:

@@ -139,15 +139,6 @@ def labelled_boxes(labels: NDArray[np.int32], count: int) -> list[tuple[int, tup
     return [(label, place) for label, place in enumerate(found, start=1) if place is not None]
 
 
-def component_boxes(mask: Plane, *, connectivity: Connectivity = 8) -> NDArray[np.int64]:
-    """Tightest boxes (K, 4) of the components of a mask, in the order of :func:`boxes`."""
-    labels, count = components(mask, connectivity=connectivity)
-    places = [(c.start, r.start, c.stop, r.stop) for _, (r, c) in labelled_boxes(labels, count)]
-    corners = np.array(places, dtype=np.int64).reshape(-1, 4)
-    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
-    return np.asarray(corners[np.lexsort((corners[:, 0], corners[:, 1], -areas))])
-
-
 def boxes(
     values: Plane,
     threshold: float = 0.0,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torchvision.ops import box_iou
 
+from benchmarks.localisation_measures import (
+    BoxAccuracy,
+    PixelAveragePrecision,
+    component_boxes,
+    truth_boxes,
+)
 from lpcam.data.dataset import IGNORE
-from lpcam.evaluation.localisation import BoxAccuracy, PixelAveragePrecision, truth_boxes
 from lpcam.method.objects import boxes
 from lpcam.runtime.errors import DataError
 
@@ -27,6 +33,14 @@ def test_boxes_of_a_truth_leave_void_out() -> None:
     truth = torch.tensor([[1, 1, IGNORE, 0, 1], [0, 1, IGNORE, 0, 0]])
     assert truth_boxes(truth).tolist() == [[0, 0, 2, 2], [4, 0, 5, 1]]
     assert truth_boxes(torch.zeros(2, 3)).shape == (0, 4)
+
+
+def test_boxes_alone_are_those_of_the_records() -> None:
+    rng = np.random.default_rng(2)
+    for share in (0.0, 0.2, 0.4, 0.6):
+        mask = rng.random((15, 18)) < share
+        expected = [[b.x0, b.y0, b.x1, b.y1] for b in boxes(mask)]
+        assert component_boxes(torch.from_numpy(mask)).tolist() == expected
 
 
 def test_max_box_accuracy_by_hand() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lpcam.evaluation.faithfulness import deletion, insertion
+from benchmarks.faithfulness_measures import deletion, insertion
 from lpcam.runtime.errors import DataError
 
 WEIGHTS = torch.tensor([[[4.0, 1.0], [3.0, 2.0]], [[0.0, 0.0], [0.0, 1.0]]])

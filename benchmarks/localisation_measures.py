@@ -13,11 +13,12 @@ from itertools import pairwise
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.ops import box_iou
 
 from lpcam.data.dataset import IGNORE
-from lpcam.method.objects import component_boxes
+from lpcam.method.objects import Plane, components, labelled_boxes
 from lpcam.runtime.errors import DataError
 
 MAP_THRESHOLDS = tuple(step / 100 for step in range(100))  #: For boxes; Choe et al. use 1000.
@@ -34,6 +35,15 @@ def class_truth(labels: Tensor, index: int) -> Tensor:
         [[0, 0, 1, 255]]
     """
     return torch.where(labels == IGNORE, IGNORE, (labels == index + 1).long())
+
+
+def component_boxes(mask: Plane) -> NDArray[np.int64]:
+    """Tightest boxes (K, 4) of the components of a mask, the largest first."""
+    labels, count = components(mask)
+    places = [(c.start, r.start, c.stop, r.stop) for _, (r, c) in labelled_boxes(labels, count)]
+    corners = np.array(places, dtype=np.int64).reshape(-1, 4)
+    areas = np.bincount(labels.ravel(), minlength=count + 1)[1:]
+    return np.asarray(corners[np.lexsort((corners[:, 0], corners[:, 1], -areas))])
 
 
 def truth_boxes(truth: Tensor) -> Tensor:
