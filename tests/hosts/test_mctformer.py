@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +31,6 @@ from lpcam.training import loop as engine
 
 SETTINGS = MctformerSettings.from_preset("default", fusion="product", affinity=True, crop=48)
 OFFICIAL = MctformerSettings.from_preset("official")
-PLUS = MctformerSettings.from_preset("plus", crop=48)
 RAW = Preprocessing((0.5,) * 3, (0.5,) * 3)
 
 
@@ -54,19 +52,12 @@ def changed(**changes: Any) -> MctformerSettings:
     return SETTINGS.model_copy(update=changes)
 
 
-def test_loss_adds_the_scores_and_the_contrast_of_tokens() -> None:
-    classes, patches, tokens = drawn(4, 3), drawn(4, 3, seed=1), torch.ones(4, 3, 6)
+def test_loss_adds_both_scores() -> None:
+    classes, patches = drawn(4, 3), drawn(4, 3, seed=1)
     labels = (drawn(4, 3, seed=2) > 0).float()
     margins = [F.binary_cross_entropy_with_logits(one, labels) for one in (classes, patches)]
-
-    def loss(patches: Tensor | None, contrast: float) -> Tensor:
-        return mctformer._loss(Scores(classes, patches, tokens), labels, contrast)
-
-    torch.testing.assert_close(loss(None, 0.0), margins[0])
-    torch.testing.assert_close(loss(patches, 0.0), sum(margins))
-    torch.testing.assert_close(loss(patches, 2.0), sum(margins) + 2 * math.log(3))
-    apart = mctformer._token_contrast(torch.eye(4, 6).expand(2, 4, 6) * 9.0)
-    assert float(apart) == pytest.approx(-math.log(math.e / (math.e + 3)))
+    torch.testing.assert_close(mctformer._loss(Scores(classes, None), labels), margins[0])
+    torch.testing.assert_close(mctformer._loss(Scores(classes, patches), labels), sum(margins))
 
 
 def test_learning_rates_of_the_specification() -> None:
@@ -209,14 +200,15 @@ def test_maps_of_a_mirrored_image_are_mirrored() -> None:
     )
 
 
-def test_scales_are_summed_with_the_fusion_of_mctformer_plus() -> None:
-    network, image = fresh(PLUS), photograph(64, 80)
-    found = maps_of(network, image, [0, 1], PLUS)
+def test_scales_are_summed_with_either_fusion() -> None:
+    settings = changed(fusion="square_root", scales=(1.0, 0.75, 1.25))
+    network, image = fresh(), photograph(64, 80)
+    found = maps_of(network, image, [0, 1], settings)
     assert found.high_res.shape == (2, 64, 80)
     assert float(found.high_res.min()) >= 0 and float(found.high_res.max()) <= 1
-    views = mctformer._views(network, image, PLUS.scales, PLUS)
+    views = mctformer._views(network, image, settings.scales, settings)
     assert [tuple(view.features.shape[-2:]) for view in views] == [(4, 5), (3, 3), (5, 6)]
-    product = PLUS.model_copy(update={"fusion": "product"})
+    product = settings.model_copy(update={"fusion": "product"})
     assert not torch.allclose(maps_of(network, image, [0, 1], product).cam, found.cam, atol=1e-2)
 
 

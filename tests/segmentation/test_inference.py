@@ -1,4 +1,4 @@
-"""Probabilities of an image: scales, mirror images, windows, fusion and the CRF, by hand."""
+"""Probabilities of an image: scales, mirror images, fusion and the CRF, by hand."""
 
 from __future__ import annotations
 
@@ -179,58 +179,6 @@ def test_logits_of_the_mirror_image_are_mirrored_back() -> None:
     one = probabilities(Sided(), image, settings(fusion="max_probabilities"))
     both = probabilities(Sided(), image, settings(fusion="max_probabilities", flip=True))
     near(both, torch.maximum(one, one.flip(-1)))
-
-
-@pytest.mark.parametrize("overlap", [0.0, 0.333, 0.9])
-def test_neighbouring_windows_share_their_part(overlap: float) -> None:
-    for window in (16, 17, 100):
-        for length in range(1, 350, 7):
-            starts = predict._window_starts(length, window, overlap)
-            assert starts[0] == 0 and starts[-1] == max(0, length - window)
-            steps = np.diff(starts)
-            assert all(1 <= step <= max(1, window * (1 - overlap)) + 1e-9 for step in steps)
-
-
-@pytest.mark.parametrize(("size", "overlap"), [((40, 45), 0.0), ((33, 90), 0.333), ((20, 47), 0.8)])
-def test_windows_of_a_network_without_context_are_the_whole(
-    size: tuple[int, int], overlap: float
-) -> None:
-    image = photograph(*size)
-    chosen = settings(scales=[1.0, 1.5], window=33, overlap=overlap)
-    segmenter = Linear()
-    near(
-        probabilities(segmenter, image, chosen),
-        probabilities(Linear(), image, settings(scales=[1.0, 1.5])),
-    )
-    assert all(max(shape[-2:]) <= 33 for shape in segmenter.seen)
-    assert len(segmenter.seen) > 2
-
-
-def test_an_image_within_the_window_is_segmented_whole() -> None:
-    segmenter = Linear(4)
-    image = photograph(40, 45)
-    # softmax at the size of the logits, not at that of a window
-    chosen = settings(window=45, fusion="mean_probabilities")
-    found = probabilities(segmenter, image, chosen)
-    expected = probabilities(Linear(4), image, settings(fusion="mean_probabilities"))
-    assert torch.equal(found, expected)
-    assert segmenter.seen == [(1, 3, 40, 45)]
-
-
-def test_logits_are_averaged_where_windows_overlap() -> None:
-    class Counting(Linear):
-        """The n-th window has the logit n everywhere."""
-
-        def forward(self, images: Tensor) -> Tensor:
-            self.seen.append(tuple(images.shape))
-            logits = torch.zeros(1, 3, 2, 2)
-            logits[:, 0] = len(self.seen)
-            return logits
-
-    found = probabilities(Counting(), photograph(40, 60), settings(window=40, overlap=0.25))
-    first = torch.ones(60)
-    first[20:40], first[40:] = 1.5, 2.0  # windows begin at 0 and 20
-    near(found[0, 7], first.exp() / (first.exp() + 2))
 
 
 def test_the_result_does_not_depend_on_threads_or_earlier_images() -> None:

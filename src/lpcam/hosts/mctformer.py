@@ -1,8 +1,7 @@
 """MCTformer: class attention, PatchCAM and patch affinity as maps (specification of MCTformer).
 
 Training is that of section 2, maps are those of section 3, and LPCAM replaces PatchCAM as in
-section 6. The network is :mod:`lpcam.hosts.mctformer_network`. Options of MCTformer+ (2023) that
-are not published are marked as inferred.
+section 6. The network is :mod:`lpcam.hosts.mctformer_network`.
 
 Shapes: B images, N classes, K present classes, C channels of a token, h x w patches of an image of
 H x W pixels, P = h w.
@@ -43,7 +42,7 @@ from lpcam.hosts.mctformer_network import (
     Scores,
     build_mctformer,
 )
-from lpcam.method.functional import FusedMaps, cosine_activation, normalize, unflip, unit
+from lpcam.method.functional import FusedMaps, cosine_activation, normalize, unflip
 from lpcam.runtime.distributed import Processes
 from lpcam.runtime.errors import ClassifierError
 from lpcam.training import loop as engine
@@ -53,27 +52,15 @@ from lpcam.training.released import Released
 EPSILON = 1e-8  #: Added to the range that a map is divided by (section 3, step 4).
 
 
-def _loss(scores: Scores, labels: Tensor, contrast: float) -> Tensor:
+def _loss(scores: Scores, labels: Tensor) -> Tensor:
     """Multi-label soft margin loss of the class scores, in V2 plus that of the patch scores.
 
-    ``labels`` (B, N) are 1 for present classes; ``contrast`` is the weight of MCTformer+'s loss.
+    ``labels`` (B, N) are 1 for present classes.
     """
     loss = F.multilabel_soft_margin_loss(scores.classes, labels)
     if scores.patches is not None:
         loss = loss + F.multilabel_soft_margin_loss(scores.patches, labels)
-    return loss + contrast * _token_contrast(scores.tokens) if contrast > 0 else loss
-
-
-def _token_contrast(tokens: Tensor) -> Tensor:
-    """Contrastive loss of MCTformer+ that separates class tokens; its form here is inferred.
-
-    The cross-entropy of the softmax over each row of the cosines of the last block's class tokens
-    (B, N, C), whose target is the token itself.
-    """
-    directions = unit(tokens, dim=-1)
-    cosines = directions @ directions.transpose(1, 2)
-    targets = torch.arange(tokens.shape[1], device=tokens.device).repeat(len(tokens))
-    return F.cross_entropy(cosines.flatten(0, 1), targets)
+    return loss
 
 
 def learning_rate(epoch: int, settings: MctformerSettings) -> float:
@@ -282,7 +269,7 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
 
         def loss(model: nn.Module, sample: tuple[Tensor, Tensor]) -> Tensor:
             images, indices = sample
-            mean = _loss(model(images), labels[indices], settings.contrast)
+            mean = _loss(model(images), labels[indices])
             return mean * (len(indices) / batch)  # this process's share of the batch
 
         def measured(_: int) -> dict[str, Any]:

@@ -58,16 +58,10 @@ class MctformerSettings(EpochSettings, ScaledSettings):
     """RandAugment policy, in timm's notation; null turns it off."""
     erasing: Fraction
     """Probability that a random rectangle is erased."""
-    pooling: Literal["mean", "ranked"]
-    """Pooling of PatchCAM to class scores; ``ranked`` weighs by rank (MCTformer+)."""
-    ranking_decay: Annotated[float, Field(gt=0.0, le=1.0)]
-    """Weight of each rank relative to the one before, in ranked pooling; 1 is the mean."""
-    contrast: Annotated[float, Field(ge=0.0)]
-    """Weight of the loss that separates class tokens (MCTformer+); 0 turns it off."""
     attention_blocks: Annotated[int, Field(ge=1)]
     """Number of last blocks whose class-to-patch attention is summed."""
     fusion: Literal["product", "square_root"]
-    """Fusion of class attention with PatchCAM; ``square_root`` is MCTformer+'s."""
+    """Fusion of class attention with PatchCAM: their product, or its square root."""
     affinity: bool
     """Whether the attention between patches refines the map; it needs a well-trained network."""
     split_maps: Literal["refined", "patch"]
@@ -79,11 +73,10 @@ STEM, STEM_ARGUMENTS = "stem", "stem_arguments"
 
 
 class Scores(NamedTuple):
-    """Logits (B, N) of the image's classes, and what else the losses read."""
+    """Logits (B, N) of the image's classes."""
 
     classes: Tensor  #: Scores by the class tokens; used at test.
     patches: Tensor | None  #: Scores by PatchCAM; None in V1.
-    tokens: Tensor  #: (B, N, C), the last block's class tokens.
 
 
 class Attended(NamedTuple):
@@ -108,15 +101,6 @@ class MctformerSpec:
     crop: int
     drop_path: float
     version: str
-    ranking_decay: float  #: Decay in the pooling of PatchCAM; 1 is the plain mean.
-
-
-def ranked_pooling(maps: Tensor, decay: float) -> Tensor:
-    """Mean (...) of maps (..., h, w), weighted by decay^rank from the largest value (rank 0) on."""
-    values = maps.flatten(-2).sort(-1, descending=True).values
-    ranks = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device)
-    weights = decay**ranks
-    return values @ (weights / weights.sum())
 
 
 def scale_positions(table: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -269,9 +253,8 @@ class Mctformer(SavedNetwork):
 
     def _scores(self, tokens: Tensor, patch_cam: Tensor | None) -> Scores:
         """Scores from the last block's tokens (B, N + P, C) and PatchCAM (B, N, h, w)."""
-        decay, own = self.spec.ranking_decay, tokens[:, : len(self.classes)]
-        pooled = None if patch_cam is None else ranked_pooling(patch_cam, decay)
-        return Scores(own.mean(-1), pooled, own)
+        pooled = None if patch_cam is None else patch_cam.mean((-2, -1))
+        return Scores(tokens[:, : len(self.classes)].mean(-1), pooled)
 
     @classmethod
     def _described(cls, metadata: Mapping[str, Any]) -> Mctformer:
@@ -342,8 +325,7 @@ def build_mctformer(
     tokens, with its ``stem_arguments``; the weights are then the stem's.
     """
     weights = str(first["weights"])
-    decay = settings.ranking_decay if settings.pooling == "ranked" else 1.0
-    options = (settings.crop, settings.drop_path, settings.version, decay)
+    options = (settings.crop, settings.drop_path, settings.version)
     spec = MctformerSpec(backbone.name, dict(backbone.arguments), *options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(first.get("seed", 0))

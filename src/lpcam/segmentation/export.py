@@ -1,7 +1,7 @@
 """A segmenter as one ONNX file, which runs without this package.
 
-The file segments uint8 RGB images (B, H, W, 3) at one scale, without a test preset's mirror images,
-windows and CRF, to logits (B, L, H, W) and the values of mask files (B, H, W).
+The file segments uint8 RGB images (B, H, W, 3) at one scale, without a test preset's mirror images
+and CRF, to logits (B, L, H, W) and the values of mask files (B, H, W).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Probabilities and labels of one image: scales, mirror images, sliding windows, fusion, dense CRF.
+"""Probabilities and labels of one image: scales, mirror images, fusion, dense CRF.
 
 They are those of the specification of segmentation, sections 1 to 3 ("Test"). L labels are 0, the
 background, and n + 1 for class n; H x W is the image, h x w the logits of a network.
@@ -78,7 +78,7 @@ def probabilities(
             scaled = resize(normalised, to)
         for mirrored in turns:
             pixels = scaled.flip(-1) if mirrored else scaled
-            logits = _windowed(segmenter, pixels, settings.window, settings.overlap)
+            logits = _logits(segmenter, pixels)
             if mirrored:
                 logits = logits.flip(-1)
             if settings.fusion == "mean_logits":
@@ -102,27 +102,6 @@ def sides(size: tuple[int, int], scale: float, settings: SegmentTestSettings) ->
     cut = int(size[0] * scale), int(size[1] * scale)
     height, width = scaled_size(*size, scale) if settings.sides == "rounded" else cut
     return max(MINIMUM_SIDE, height), max(MINIMUM_SIDE, width)
-
-
-def _window_starts(length: int, window: int, overlap: float) -> list[int]:
-    """Where windows begin along an axis, to cover it; the last one ends at its end."""
-    step = max(1, window - math.ceil(window * overlap))
-    return [*range(0, length - window, step), max(0, length - window)]
-
-
-def _windowed(segmenter: Segmenter, images: Tensor, window: int | None, overlap: float) -> Tensor:
-    """Logits (L, h, w) of one image (1, 3, H, W), at its size if there are several windows."""
-    height, width = images.shape[-2:]
-    if window is None or max(height, width) <= window:
-        return _logits(segmenter, images)
-    total = images.new_zeros(len(segmenter.classes) + 1, height, width)
-    count = images.new_zeros(height, width)
-    for top in _window_starts(height, window, overlap):
-        for left in _window_starts(width, window, overlap):
-            place = (..., slice(top, top + window), slice(left, left + window))
-            _add_(total[place], _logits(segmenter, images[place]))
-            count[place] += 1.0
-    return total.div_(count)
 
 
 def _logits(segmenter: Segmenter, images: Tensor) -> Tensor:

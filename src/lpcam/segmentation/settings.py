@@ -110,10 +110,6 @@ class SegmentTestSettings(PresetModel):
     """Whether the mirrored image is segmented too."""
     fusion: Literal["mean_logits", "mean_probabilities", "max_probabilities"]
     """How the outputs of scales and mirror images are combined, at the size of the image."""
-    window: Annotated[int, Field(ge=16)] | None
-    """Side, in pixels, of sliding windows over a scaled image; null uses no windows."""
-    overlap: Annotated[float, Field(ge=0.0, lt=1.0)]
-    """Minimum overlap of neighbouring windows, as a fraction; outputs are averaged there."""
     crf: Literal["deeplab", "wideresnet38"] | None
     """Preset of the dense CRF on the probabilities; null applies none."""
     crf_image: Literal["image", "wrapped"]

@@ -1,4 +1,4 @@
-"""UperNet on Swin: sizes, shapes, what it has beyond the library, weights of any naming."""
+"""UperNet on Swin: sizes, shapes, what it has beyond the library, weights of hub and files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from lpcam.runtime.errors import ClassifierError
 from lpcam.segmentation.networks import upernet
 from lpcam.segmentation.networks.base import SegmenterSpec
-from lpcam.segmentation.networks.upernet import NETWORK, UperNetSwin, convert_names
+from lpcam.segmentation.networks.upernet import NETWORK, UperNetSwin
 
 transformers = pytest.importorskip("transformers")
 
@@ -157,55 +156,6 @@ def test_both_paths_of_a_block_are_dropped() -> None:
         assert torch.equal(block(x, (2, 2), always_partition=True)[0], x)
 
 
-def timm_swin() -> nn.Module:
-    """A Swin of timm with drawn norms and tables, without which an error would not show."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(3)
-        model: nn.Module = timm.create_model(
-            "swin_tiny_patch4_window7_224",
-            **{**SWIN, "depths": (2, 1, 2, 1), "num_heads": (1, 2, 3, 4)},
-            num_classes=5,
-            strict_img_size=False,
-            always_partition=True,
-        ).eval()
-        for parameter in model.parameters():
-            if parameter.ndim == 1 or parameter.shape[0] == 169:
-                nn.init.normal_(parameter, 1.0, 0.5)
-    return model
-
-
-def test_weights_of_timm_give_the_features_of_timm(tmp_path: Path) -> None:
-    model, path = timm_swin(), tmp_path / "w.safetensors"
-    save_file(model.state_dict(), path)
-    network = tiny(weights=path)
-    x = images(1, 3, 224, 448)  # whole windows in every stage
-    with torch.no_grad():
-        expected = model.forward_intermediates(x, intermediates_only=True)  # type: ignore[operator]
-        found = network.backbone(x, output_hidden_states=True).hidden_states[1:]
-    assert len(found) == len(expected) == 4
-    for one, other in zip(found, expected, strict=True):
-        assert torch.allclose(one, other, atol=1e-4 * float(other.abs().max()))
-
-
-def test_weights_of_the_official_program(tmp_path: Path) -> None:
-    """timm's names but for the merging of patches, which ends a stage, and constants."""
-    state = timm_swin().state_dict()
-    official = {}
-    for name, tensor in state.items():
-        for stage in (1, 2, 3):
-            name = name.replace(f"layers.{stage}.downsample", f"layers.{stage - 1}.downsample")  # noqa: PLW2901
-        official[name.replace("head.fc", "head")] = tensor
-    for stage in range(4):
-        key = f"layers.{stage}.blocks.0.attn.relative_position_index"
-        official[key] = torch.zeros(49, 49, dtype=torch.int64)
-    official["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
-    expected, found = convert_names(state), convert_names(official)
-    assert expected.keys() == found.keys()
-    assert all(torch.equal(expected[k], found[k]) for k in expected)
-    save_file(official, tmp_path / "w.safetensors")
-    tiny(weights=tmp_path / "w.safetensors")
-
-
 def published(folder: Path) -> nn.Module:
     """A classifier as the hub holds it: a folder with settings and weights."""
     model: nn.Module = transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN))
@@ -258,6 +208,20 @@ def test_a_checkpoint_of_another_network(tmp_path: Path) -> None:
     save_file({f"other.{k}": v for k, v in state.items()}, file, {"format": "pt"})
     with pytest.raises(ClassifierError, match="is missing"):
         tiny(weights="pretrained", arguments={**TINY, "checkpoint": str(tmp_path)})
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"depths": [2, 1, 4, 1]}, "blocks.2"),
+        ({"depths": [2, 1, 1, 1]}, "blocks.1"),
+        ({"embed_dim": 24}, "embeddings"),
+    ],
+)
+def test_a_file_of_another_size(tmp_path: Path, change: dict[str, Any], key: str) -> None:
+    published(tmp_path)
+    with pytest.raises(ClassifierError, match=key):
+        tiny(weights=tmp_path / "model.safetensors", arguments={**TINY, **change})
 
 
 def test_without_transformers_the_message_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,14 +222,14 @@ def _validation_items(context: Context) -> list[Item]:
 
 def _validation_settings(section: SegmentSection) -> SegmentTestSettings:
     """Settings of the test at scale 1, so that other ways to test need no new training."""
-    once: dict[str, Any] = {"scales": (1.0,), "flip": False, "window": None, "crf": None}
+    once: dict[str, Any] = {"scales": (1.0,), "flip": False, "crf": None}
     return section.test.model_copy(update={**once, "fusion": "mean_logits"})
 
 
 def _validation_key(context: Context, truth: Sequence[Item]) -> str:
     """Digest of what the choice of the best weights depends on, apart from the training."""
     settings = _validation_settings(required(context.recipe.segment))
-    used = settings.model_dump(mode="json", exclude={"preset", "overlap", "crf_image"})
+    used = settings.model_dump(mode="json", exclude={"preset", "crf_image"})
     side = context.recipe.maps.maximum_side
     return digest_json([context.digest(truth, truth=True), used, side])
 

@@ -95,7 +95,7 @@ class UperNetNetwork:
     Arguments are ``embed_dim``, ``depths``, ``num_heads`` and ``window_size``, which replace those
     of the size, ``drop_path``, ``channels`` and ``auxiliary_channels`` of the heads, and
     ``checkpoint``: another model on the hub, or a folder. A file of weights has the names of
-    transformers, timm or the official program.
+    transformers.
     """
 
     title = "UperNet"
@@ -137,9 +137,13 @@ class UperNetNetwork:
                     f"transformers could not make Swin {size!r} with arguments {chosen}: {error}"
                 ) from error
             if weights == PRETRAINED:
-                _load(network.backbone, _fetch(transformers, checkpoint), checkpoint)
+                source: dict[str, Any] = {"pretrained_model_name_or_path": checkpoint}
+                source["use_safetensors"] = True
+                _load(network.backbone, transformers, checkpoint, **source)
             elif weights != RANDOM:
-                _load(network.backbone, read_weights(Path(weights)), Path(weights).name)
+                source = {"pretrained_model_name_or_path": None, "config": config.backbone_config}
+                source["state_dict"] = read_weights(Path(weights))
+                _load(network.backbone, transformers, Path(weights).name, **source)
         return network, base.preprocessing_with(PREPROCESSING, first.get("mean"), first.get("std"))
 
 
@@ -167,77 +171,34 @@ def _config(transformers: Any, size: str, labels: int, chosen: Mapping[str, Any]
     )
 
 
-_RENAMED = (
-    # names of files on the hub, to those that transformers has now
-    (r"attention\.self\.query\.", "attention.q_proj."),
-    (r"attention\.self\.key\.", "attention.k_proj."),
-    (r"attention\.self\.value\.", "attention.v_proj."),
-    (r"attention\.output\.dense\.", "attention.o_proj."),
-    (r"intermediate\.dense\.", "mlp.fc1."),
-    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    # names of the official program and of timm
-    (r"^patch_embed\.proj\.", "embeddings.patch_embeddings.projection."),
-    (r"^patch_embed\.norm\.", "embeddings.norm."),
-    (r"^layers\.", "encoder.layers."),
-    (r"\.norm1\.", ".layernorm_before."),
-    (r"\.norm2\.", ".layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    # names of both
-    (r"\.(attn|attention\.self)\.(relative_position_bias)_table$", r".attention.\2.\2_table"),
-)
-_LEFT_OUT = re.compile(
-    # indices and masks that follow from the architecture, pooled features' norm, classifiers
-    r"(^|\.)(relative_position_index|attn_mask)$|^(classifier|head|layernorm|norm)\."
-)
+_UNUSED = re.compile(r"relative_position_index$|^(classifier|layernorm)\.")
+"""Tensors of files that no feature map depends on."""
 
 
-def convert_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a Swin of transformers, timm or the official program, as transformers' today.
-
-    The classification head, the norm before it and constants are left out; unknown names are kept.
-    """
-    official = any(name.startswith("patch_embed.") for name in state)
-    # timm merges patches at the start of a stage, the official program at the end of the one before
-    later = official and not any(name.startswith("layers.0.downsample.") for name in state)
-    found: dict[str, Tensor] = {}
-    for full, tensor in state.items():
-        name = full.removeprefix("swin.")
-        if _LEFT_OUT.search(name):
-            continue
-        if later and (match := re.match(r"layers\.(\d+)(\.downsample\..*)", name)):
-            name = f"layers.{int(match[1]) - 1}{match[2]}"
-        for pattern, replacement in _RENAMED:
-            name = re.sub(pattern, replacement, name)
-        if ".attn.qkv." in name:
-            for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-                found[name.replace(".attn.qkv.", f".attention.{letter}_proj.")] = part
-        else:
-            found[name] = tensor
-    return found
-
-
-def _fetch(transformers: Any, checkpoint: str) -> dict[str, Tensor]:
+def _load(backbone: Any, transformers: Any, name: str, **source: Any) -> None:
+    """Load the weights of a Swin; transformers reads the names that its files have had."""
     try:
         model, report = transformers.SwinModel.from_pretrained(
-            checkpoint, add_pooling_layer=False, use_safetensors=True, output_loading_info=True
+            add_pooling_layer=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            **source,
         )
     except Exception as error:  # whatever transformers or a hub client raises, one message serves
         raise ClassifierError(
-            f"the weights {checkpoint!r} cannot be loaded: {error}. Without a network, give "
+            f"the weights {name!r} cannot be loaded: {error}. Without a network, give "
             "weights as the path of a safetensors file"
         ) from error
-    if missing := sorted(report["missing_keys"]):  # transformers has drawn them at random
+    shapes = [key for key, *_ in report["mismatched_keys"]]
+    wrong = sorted({*report["missing_keys"], *report["unexpected_keys"], *shapes})
+    if wrong := [key for key in wrong if not _UNUSED.search(key)]:
         raise ClassifierError(
-            f"the weights {checkpoint!r} are not of a Swin: {missing[0]!r} is missing"
+            f"the weights {name!r} are not of this Swin: {wrong[0]!r} is missing, unknown or of "
+            "another shape; give weights with the names of transformers, and check the size and "
+            "the arguments"
         )
-    state: dict[str, Tensor] = model.state_dict()
-    return state
-
-
-def _load(backbone: Any, found: Mapping[str, Tensor], name: str) -> None:
-    kept = {k: v for k, v in backbone.swin.state_dict().items() if _LEFT_OUT.search(k)}
-    advice = "check the size and the arguments"
-    base.load_fitting(backbone.swin, kept | convert_names(found), name, "this Swin", advice)
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith("layernorm.")}
+    base.load_fitting(backbone.swin, state, name, "this Swin", "check the size and the arguments")
 
 
 NETWORK = UperNetNetwork()
