@@ -175,6 +175,17 @@ def svg(title: str, axis: str, lines: Sequence[Line], *, unit: str = "mIoU, %") 
     )
 
 
+def bars(title: str, groups: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
+    """Bars of values as a file of SVG, with the value at the end of each.
+
+    Args:
+        groups: values in [0, 1] by the name of their group, one for each of ``names``.
+        names: what the bars of a group show, such as methods; at most two.
+    """
+    template = page_environment().get_template("bars.svg.jinja")
+    return template.render(title=title, groups=groups, names=names, colours=COLOURS)
+
+
 def _scale(start: float, end: float, low: float, high: float) -> Callable[[float], float]:
     return lambda value: round(low + (value - start) / (end - start) * (high - low), 1)
 
