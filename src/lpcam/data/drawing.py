@@ -109,26 +109,6 @@ def sheet(rows: Sequence[SheetRow], *, map_title: str = "LPCAM", mask_title: str
     """Draw the rows as one PNG: image, CAM, the other map, mask and, if any row has it, truth."""
     titles = ["image", "CAM", map_title, mask_title]
     titles += ["truth"] * any(row.truth is not None for row in rows)
-    pictures = [
-        [
-            row.image,
-            *(overlay(row.image, heat) for heat in (row.cam, row.lpcam)),
-            *(overlay_mask(row.image, m) for m in (row.seed, row.truth) if m is not None),
-        ]
-        for row in rows
-    ]
-    return grid(titles, [row.name for row in rows], pictures)
-
-
-def grid(
-    titles: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[NDArray[np.uint8]]]
-) -> bytes:
-    """Draw pictures (H, W, 3) of any sizes as one PNG, with a title over each column.
-
-    Args:
-        names: name of each row, which is drawn over its first picture.
-        rows: pictures of each row, at most one for each title.
-    """
     sheet_size = (len(titles) * (CELL + GAP) + GAP, TITLE + len(rows) * (CELL + GAP) + GAP)
     canvas = Image.new("RGB", sheet_size, "white")
     draw = ImageDraw.Draw(canvas)
@@ -136,17 +116,22 @@ def grid(
     for column, title in enumerate(titles):
         centre = (GAP + column * (CELL + GAP) + CELL // 2, TITLE // 2 + 2)
         draw.text(centre, title, fill="black", font=font, anchor="mm")
-    for number, (name, pictures) in enumerate(zip(names, rows, strict=True)):
+    for number, row in enumerate(rows):
         top = TITLE + number * (CELL + GAP)
+        pictures = [
+            row.image,
+            *(overlay(row.image, heat) for heat in (row.cam, row.lpcam)),
+            *(overlay_mask(row.image, m) for m in (row.seed, row.truth) if m is not None),
+        ]
         for column, picture in enumerate(pictures):
             height, width = picture.shape[:2]
             height, width = scaled_size(height, width, CELL / max(height, width))
             thumbnail = Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS)
             left = GAP + column * (CELL + GAP) + (CELL - width) // 2
             canvas.paste(thumbnail, (left, top + (CELL - height) // 2))
-        box = draw.textbbox((GAP + 5, top + 4), name, font=font)
+        box = draw.textbbox((GAP + 5, top + 4), row.name, font=font)
         draw.rectangle((box[0] - 4, box[1] - 3, box[2] + 4, box[3] + 3), fill="white")
-        draw.text((GAP + 5, top + 4), name, fill="black", font=font)
+        draw.text((GAP + 5, top + 4), row.name, fill="black", font=font)
     buffer = io.BytesIO()
     canvas.save(buffer, "PNG", optimize=True)
     return buffer.getvalue()

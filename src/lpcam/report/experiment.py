@@ -175,15 +175,10 @@ def svg(title: str, axis: str, lines: Sequence[Line], *, unit: str = "mIoU, %") 
     )
 
 
-def bars(title: str, groups: Mapping[str, Sequence[float]], names: Sequence[str]) -> str:
-    """Bars of values as a file of SVG, with the value at the end of each.
-
-    Args:
-        groups: values in [0, 1] by the name of their group, one for each of ``names``.
-        names: what the bars of a group show, such as methods; at most two.
-    """
+def bars(title: str, names: Sequence[str], groups: Mapping[str, Sequence[float]]) -> str:
+    """Bars as SVG: for each name one of every group (at most two), with its value in [0, 1]."""
     template = page_environment().get_template("bars.svg.jinja")
-    return template.render(title=title, groups=groups, names=names, colours=COLOURS)
+    return template.render(title=title, names=names, groups=groups, colours=COLOURS)
 
 
 def _scale(start: float, end: float, low: float, high: float) -> Callable[[float], float]:

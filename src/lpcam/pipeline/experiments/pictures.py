@@ -2,245 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lpcam.data.dataset import BACKGROUND, Dataset, Item
-from lpcam.data.drawing import SheetRow, grid, overlay, sheet
-from lpcam.data.images import limit_long_side
+from lpcam.data.drawing import CELL, SheetRow, sheet
 from lpcam.data.map_files import map_path, read_maps
-from lpcam.data.masks import read_index_mask
-from lpcam.method.functional import (
-    class_activation,
-    cosine_activation,
-    foreground_minus_context,
-    mean_cosine,
-)
+from lpcam.method import functional
 from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.run_folder import RESULTS, RunFolder, mask_path
 from lpcam.report.experiment import bars
 from lpcam.runtime.errors import ArtefactError
 from lpcam.runtime.files import read_json
 
-Picture = dict[str, Any]
 METHODS = ("CAM", "LPCAM")
-CONFUSED = 2  #: Number of wrong classes that are shown.
 ROWS = 4  #: Number of images of a sheet.
-# The worked example: vectors of the attributes head, tail and sky. The values are chosen such that
-# the head and the tail come out as in the paper's Figure 3.
-ATTRIBUTES = ("head", "tail", "sky")
-FEATURES = {"head": (4.0, 0.0, 0.0), "tail": (0.0, 3.0, 0.25), "sky": (0.0, 0.25, 3.0)}
-WEIGHT = (1.0, 0.4, -0.5)  #: The head tells the class from others, the tail hardly does.
-FOREGROUND = ((2.0, 0.0, 0.0), (0.0, 2.0, 0.0))  #: Class prototypes: a head and a tail.
-CONTEXT = ((0.0, 0.0, 2.0),)  #: Context prototypes: sky.
+# Worked example of Figure 3: vectors of the attributes head, tail and sky. The values are chosen
+# such that head and tail come out as in the paper. The tail hardly tells the class from others.
+PLACES = {"head": (4.0, 0.0, 0.0), "tail": (0.0, 3.0, 0.25), "sky": (0.0, 0.25, 3.0)}
+WEIGHT = (1.0, 0.4, -0.5)
+PROTOTYPES = {"head": (2.0, 0.0, 0.0), "tail": (0.0, 2.0, 0.0), "sky": (0.0, 0.0, 2.0)}
 
 
 def _mapped(run: RunFolder) -> tuple[Dataset, list[Item]]:
-    """The data set of a run and its scored images that have maps."""
+    """The data set of a run and its images to score that have maps."""
     recipe = run.load_recipe()
     dataset = read_dataset(recipe, ("evaluate",), painted=run.truth)
     items = dataset.select(recipe.data.list_of("evaluate"))
     return dataset, [i for i in items if map_path(run / RESULTS["LPCAM"], i.id).is_file()]
 
 
-def confusing(run: RunFolder) -> Iterator[Picture]:
-    """Figure 1: maps of the true class of an image and of the classes it is confused with.
-
-    It is the image with one label, of the highest score, whose best wrong class has the highest
-    score of all; of equal ones the first of the list.
-
-    Raises:
-        ArtefactError: if the run has no such image.
-    """
+def confusing(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Figure 1: maps of the true and two wrong classes of an image; ArtefactError if none fits."""
     dataset, items = _mapped(run)
-    explainer = run.explainer(device=run.load_recipe().run.device)
-    fast, found = explainer.fast(), []
+    explainer, found = run.explainer(device=run.load_recipe().run.device), []
+    fast = explainer.fast()  # of the same scores
     for item in items:
         ranking = fast.highest(item.image, 0).ranking if len(item.labels) == 1 else ()
         if len(ranking) > 1 and ranking[0][0] == dataset.classes.names[item.labels[0]]:
             found.append((ranking[1][1], item))
     if not found:
         raise ArtefactError(
-            f"the run {run.path} has maps of {len(items)} images, and of none with one label that "
-            "the classifier scores highest; the figure of confusing classes needs one, so train "
-            "the classifier longer, or add images of one class to the list to evaluate"
+            f"the run {run.path} has maps of {len(items)} images, none with one label that is "
+            "scored highest of several, which this figure needs; train the classifier longer, or "
+            "add such images to the list to evaluate"
         )
-    _, item = max(found, key=lambda one: one[0])
-    maps = explainer.highest(item.image, 1 + CONFUSED)
-    shown = {"CAM": maps.cam, "LPCAM": maps.lpcam}
-    image = limit_long_side(maps.image, explainer.maximum_side)
-    titles = [f"{n} {s:.2f}" for n, s in zip(maps.classes, maps.scores, strict=True)]
-    alike = {
-        name: [round(float(np.corrcoef(own[0].ravel(), one.ravel())[0, 1]), 4) for one in own[1:]]
-        for name, own in shown.items()
-    }
-    told = "; ".join(f"{n}: {', '.join(f'{one:.2f}' for one in own)}" for n, own in alike.items())
+    item = max(found, key=lambda one: one[0])[1]
+    maps = explainer.highest(item.image, 3)
     yield {
-        "png": grid(
-            ["image", *titles],
-            [*shown],
-            [[image, *(overlay(image, one) for one in own)] for own in shown.values()],
-        ),
-        "text": f"{item.id}, whose true class is {maps.classes[0]}. Of the {len(found)} images with "
-        "one label that the classifier scores highest, it has the highest score of a wrong class. "
-        f"Correlation of the map of the true class with those of the others: {told}.",
-        "figures": {"image": item.id, "scores": dict(maps.ranking), "correlation": alike},
+        "png": sheet(maps.sheet_rows(long_side=2 * CELL), mask_title="mask of all"),
+        "text": f"{item.id}, true class {maps.classes[0]}: of {len(found)} images with one label "
+        "that the classifier scores highest, it has the highest score of a wrong class.",
+        "figures": {"image": item.id, "scores": dict(maps.ranking)},
     }
 
 
-def worked_example() -> dict[str, dict[str, float]]:
-    """The example of Figure 3: values of its three places, by equations 1, 5 and 6.
-
-    Returns:
-        For each place the cosine to each prototype, the inner product with the classifier's weights
-        (``product``), the difference of equation 6 (``difference``), and CAM and LPCAM: both after
-        a ReLU, divided by their maximum.
+def worked_example() -> dict[str, list[float]]:
+    """Values of the three places of the example, by equations 1, 5 and 6.
 
     Example:
-        >>> {name: round(value, 2) for name, value in worked_example()["tail"].items()}
-        {'cosine to head': 0.0, 'cosine to tail': 1.0, 'cosine to sky': 0.08, 'product': 1.07, \
-'difference': 0.42, 'CAM': 0.27, 'LPCAM': 0.83}
+        >>> [round(value, 2) for value in worked_example()["LPCAM"]]
+        [1.0, 0.83, 0.0]
     """
-    features = torch.tensor([*FEATURES.values()]).double().T[:, None]  # (3 attributes, 1, 3 places)
-    foreground, context = torch.tensor(FOREGROUND).double(), torch.tensor(CONTEXT).double()
+    given = ([*PLACES.values()], [*PROTOTYPES.values()], [WEIGHT])
+    values, prototypes, weight = (torch.tensor(one, dtype=torch.float64) for one in given)
+    features = values.T[:, None]  # (3 attributes, 1, 3 places)
     found = {
-        f"cosine to {name}": mean_cosine(features, one[None])
-        for name, one in zip(ATTRIBUTES, torch.cat([foreground, context]), strict=True)
+        f"cosine to the {name}'s prototype": functional.mean_cosine(features, one[None])[None]
+        for name, one in zip(PROTOTYPES, prototypes, strict=True)
     }
-    found["product"] = class_activation(features, torch.tensor([WEIGHT]).double())[0]
-    vector = foreground_minus_context(foreground, context)
-    found["difference"] = cosine_activation(features, vector[None])[0]
-    for name, signed in zip(METHODS, ("product", "difference"), strict=True):
-        found[name] = found[signed].relu() / found[signed].max()
-    values: dict[str, Tensor] = {name: one[0] for name, one in found.items()}
-    return {
-        place: {name: float(own[column]) for name, own in values.items()}
-        for column, place in enumerate(FEATURES)
-    }
+    vector = functional.foreground_minus_context(prototypes[:2], prototypes[2:])
+    found["inner product"] = cam = functional.class_activation(features, weight)
+    found["class minus context"] = lpcam = functional.cosine_activation(features, vector[None])
+    found |= {m: functional.normalize(x.relu()) for m, x in zip(METHODS, (cam, lpcam), strict=True)}
+    return {name: one[0, 0].tolist() for name, one in found.items()}
 
 
-def places(run: RunFolder) -> Iterator[Picture]:
-    """Figure 3: CAM and LPCAM of three places, worked out, and of the true parts, if there are."""
+def places(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Figure 3: CAM and LPCAM of three places, worked out, and of true parts if there are any."""
     values = worked_example()
-    told = "; ".join(
-        f"{place} {FEATURES[place]}: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in own.items())
-        for place, own in values.items()
-    )
+    told = [
+        "; ".join(f"{n} {', '.join(f'{v:.2f}' for v in own)}" for n, own in one.items())
+        for one in (PLACES, PROTOTYPES, values)
+    ]
     yield {
         "name": "example",
-        "svg": bars("Three places", {p: [v[m] for m in METHODS] for p, v in values.items()}, METHODS),
-        "text": f"A worked example, not measured: features of three places by the attributes "
-        f"{', '.join(ATTRIBUTES)}; the classifier's weights {WEIGHT}; class prototypes "
-        f"{FOREGROUND[0]} and {FOREGROUND[1]}, context prototype {CONTEXT[0]}. CAM is the inner "
-        "product with the weights, which are small where an attribute does not tell the class from "
-        "others. LPCAM takes the cosine to each prototype, the mean of the class's minus that of "
-        f"the context's. Both are divided by their maximum. {told}.",
+        "svg": bars("Three places", [*PLACES], {method: values[method] for method in METHODS}),
+        "text": f"Worked out, not measured. Features: {told[0]}. Classifier's weights: {WEIGHT}. "
+        f"Prototypes, the sky's is context: {told[1]}. Values: {told[2]}.",
         "figures": {"places": values},
     }
     dataset, items = _mapped(run)
-    with_parts = [item for item in items if item.parts and item.mask]
-    if not with_parts:
-        return
-    means = {method: _part_means(run, RESULTS[method], dataset, with_parts) for method in METHODS}
-    relative = {
-        method: {name: value / max(own.values()) for name, value in own.items()}
-        for method, own in means.items()
-    }
-    groups = {name: [relative[method][name] for method in METHODS] for name in means["CAM"]}
-    yield {
-        "name": "parts",
-        "svg": bars("Parts", groups, METHODS),
-        "text": f"Measured on {len(with_parts)} images: the mean value of the maps on the pixels of "
-        "each true part of their class, and on the background, divided by the largest of a method.",
-        "figures": {"means": means, "relative": relative},
-    }
-
-
-def _part_means(
-    run: RunFolder, result: str, dataset: Dataset, items: Sequence[Item]
-) -> dict[str, float]:
-    """Mean value of the maps on each true part of the map's class, and on the background."""
-    sums = {name: np.zeros(2) for name in (*dataset.part_names, "ground")}
-    for item in items:
-        truth, parts = item.read_mask(), item.read_mask(item.parts)
-        maps = read_maps(map_path(run / result, item.id))
+    items = [item for item in items if item.parts and item.mask]
+    sums: Any = defaultdict(lambda: np.zeros(2))
+    for item, method in itertools.product(items, METHODS):
+        maps, truth = read_maps(map_path(run / RESULTS[method], item.id)), item.read_mask()
         for key, plane in zip(maps.keys, maps.high_res, strict=True):
-            own = truth == dataset.classes.mask_ids[key]
-            where = {name: own & (parts == value) for name, value in dataset.part_names.items()}
+            own = (truth == dataset.classes.mask_ids[key]) * item.read_mask(item.parts)
+            where = {name: own == value for name, value in dataset.part_names.items()}
             for name, here in {**where, "ground": truth == BACKGROUND}.items():
-                sums[name] += plane[here].sum(), here.sum()
-    return {name: float(total / count) for name, (total, count) in sums.items() if count}
-
-
-def choose_images(scores: Mapping[str, float], count: int, seed: int) -> dict[str, list[str]]:
-    """Images of the best, median and worst score and random ones, at most ``count`` of each.
-
-    Images of equal score are in the order of their names; random ones depend on the seed alone.
-
-    Example:
-        >>> choose_images({"a": 0.1, "b": 0.9, "c": 0.5}, 1, seed=0)
-        {'best': ['b'], 'median': ['c'], 'worst': ['a'], 'random': ['c']}
-    """
-    ranked = sorted(scores, key=lambda name: (-scores[name], name))
-    middle = max(0, (len(ranked) - count) // 2)
-    order = np.random.default_rng(seed).permutation(len(ranked))
-    return {
-        "best": ranked[:count],
-        "median": ranked[middle : middle + count],
-        "worst": ranked[::-1][:count],
-        "random": [ranked[place] for place in order[:count]],
+                sums[method, name] += plane[here].sum(), here.sum()
+    means = {
+        m: {n: float(s / c) for (k, n), (s, c) in sums.items() if k == m and c} for m in METHODS
     }
+    relative = {
+        m: [one / (max(own.values()) or 1) for one in own.values()] for m, own in means.items()
+    }
+    if items:
+        yield {
+            "name": "parts",
+            "svg": bars("Parts", [*means["CAM"]], relative),
+            "text": f"Measured on {len(items)} images: the mean of the maps on each true part of "
+            "their class and on the ground, divided by the largest mean of the method.",
+            "figures": {"means": means},
+        }
 
 
-def sheets(run: RunFolder) -> Iterator[Picture]:
-    """Figure 4: image, CAM, LPCAM, seed mask and truth of images chosen by the mIoU of LPCAM.
+def choose_images(scores: Mapping[str, float], seed: int) -> dict[str, list[str]]:
+    """Images of the best, median and worst score, of equal ones by name, and random ones."""
+    ranked = sorted(scores, key=lambda name: (-scores[name], name))
+    middle = max(0, (len(ranked) - ROWS) // 2)
+    order = np.random.default_rng(seed).permutation(len(ranked))[:ROWS]
+    found = {"best": ranked[:ROWS], "median": ranked[middle : middle + ROWS]}
+    return {**found, "worst": ranked[::-1][:ROWS], "random": [ranked[place] for place in order]}
 
-    Raises:
-        ArtefactError: if the run has no score of LPCAM for single images.
-    """
-    dataset, items = _mapped(run)
-    by_image = read_json(run.image_scores) if run.image_scores.is_file() else {}
-    known = zip(by_image.get("ids", ()), by_image.get("LPCAM", ()), strict=False)
-    by_id = {item.id: item for item in items if item.mask}
-    scores = {name: value for name, value in known if value is not None and name in by_id}
+
+def sheets(run: RunFolder) -> Iterator[dict[str, Any]]:
+    """Figure 4: sheets of images by their mIoU of LPCAM; ArtefactError if there is none."""
+    by_id = {item.id: item for item in _mapped(run)[1] if item.mask}
+    found = read_json(run.image_scores) if run.image_scores.is_file() else {}
+    scores = dict(zip(found.get("ids", ()), found.get("LPCAM", ()), strict=False))
+    scores = {name: scores[name] for name in by_id if scores.get(name) is not None}
     if not scores:
         raise ArtefactError(
-            f"the run {run.path} has no mIoU of LPCAM for any of its {len(items)} images; sheets "
-            "are chosen by it, so give the data true masks (data.masks) and bring the run up to "
-            f"date with 'lpcam run {run.recipe} --until evaluate'"
+            f"the run {run.path} has no mIoU of LPCAM for any image; sheets are chosen by it, so "
+            "give the data true masks (data.masks) and bring the run up to date with 'lpcam run "
+            f"{run.recipe} --until evaluate'"
         )
     seed = run.load_recipe().run.seed
-    rules = {"random": f"drawn at random with seed {seed}"}
-    for name, ids in choose_images(scores, ROWS, seed).items():
+    for name, ids in choose_images(scores, seed).items():
         rows = []
-        for one in ids:
-            item = by_id[one]
-            cam, lpcam = (
-                read_maps(map_path(run / RESULTS[method], one)).high_res.max(0)
-                for method in METHODS
-            )
-            mask = read_index_mask(mask_path(run / "seeds", one))
-            label = f"{one} {100 * scores[one]:.1f}"
-            rows.append(SheetRow(item.read(), label, cam, lpcam, mask, item.read_mask()))
-        rule = rules.get(name, f"of {name} mIoU")
+        for item in map(by_id.__getitem__, ids):
+            paths = (map_path(run / RESULTS[method], item.id) for method in METHODS)
+            cam, lpcam = (read_maps(path).high_res.max(0) for path in paths)
+            masks = item.read_mask(mask_path(run / "seeds", item.id)), item.read_mask()
+            label = f"{item.id} {100 * scores[item.id]:.1f}"
+            rows.append(SheetRow(item.read(), label, cam, lpcam, *masks))
+        rule = f"drawn with seed {seed}" if name == "random" else f"of the {name} mIoU"
         yield {
             "name": name,
             "png": sheet(rows, mask_title="seed mask"),
-            "text": f"{len(rows)} of {len(scores)} images, {rule}; the number is the image's mIoU of "
-            "LPCAM at its fixed threshold, in percent. Maps are the maximum over the image's "
-            "classes.",
+            "text": f"{len(rows)} of {len(scores)} images, {rule}; the number is the mIoU of LPCAM "
+            "at its fixed threshold, in percent. Maps are the maximum over the image's classes.",
             "figures": {"images": {one: scores[one] for one in ids}},
         }
 
 
-PICTURES: dict[str, Callable[[RunFolder], Iterator[Picture]]] = {
-    "confusing": confusing,
-    "places": places,
-    "sheet": sheets,
-}
-"""What draws each kind of picture, from the folder of a run."""
+Kind = Callable[[RunFolder], Iterator[dict[str, Any]]]
+PICTURES: dict[str, Kind] = {"confusing": confusing, "places": places, "sheet": sheets}

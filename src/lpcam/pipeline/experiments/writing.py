@@ -65,9 +65,9 @@ def run_experiment(
             suffix, data = (
                 (".svg", drawn["svg"].encode()) if "svg" in drawn else (".png", drawn["png"])
             )
-            name = drawn.get("name")  # of one of several pictures
-            path = place.plot(number, f"-{name}{suffix}" if name else suffix)
-            title = f"{plot.title}: {name}" if name else plot.title
+            part = drawn.get("name")  # of one of several pictures
+            path = place.plot(number, f"-{part}{suffix}" if part else suffix)
+            title = f"{plot.title}: {part}" if part else plot.title
             write_bytes(path, data)
             shown = {"svg": drawn["svg"]} if "svg" in drawn else {"picture": data_uri(data, "png")}
             plots.append({"title": title, "text": drawn.get("text", ""), **shown})
