@@ -175,6 +175,12 @@ def svg(title: str, axis: str, lines: Sequence[Line], *, unit: str = "mIoU, %") 
     )
 
 
+def bars(title: str, names: Sequence[str], groups: Mapping[str, Sequence[float]]) -> str:
+    """Bars as SVG: for each name one of every group (at most two), with its value in [0, 1]."""
+    template = page_environment().get_template("bars.svg.jinja")
+    return template.render(title=title, names=names, groups=groups, colours=COLOURS)
+
+
 def _scale(start: float, end: float, low: float, high: float) -> Callable[[float], float]:
     return lambda value: round(low + (value - start) / (end - start) * (high - low), 1)
 

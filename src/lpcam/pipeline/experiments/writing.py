@@ -65,13 +65,15 @@ def run_experiment(
             suffix, data = (
                 (".svg", drawn["svg"].encode()) if "svg" in drawn else (".png", drawn["png"])
             )
-            path = place.plot(number, suffix)
+            part = drawn.get("name")  # of one of several pictures
+            path = place.plot(number, f"-{part}{suffix}" if part else suffix)
+            title = f"{plot.title}: {part}" if part else plot.title
             write_bytes(path, data)
             shown = {"svg": drawn["svg"]} if "svg" in drawn else {"picture": data_uri(data, "png")}
-            plots.append({"title": plot.title, "text": drawn.get("text", ""), **shown})
+            plots.append({"title": title, "text": drawn.get("text", ""), **shown})
             results.setdefault("plots", []).append(
                 {
-                    "title": plot.title,
+                    "title": title,
                     "file": path.relative_to(folder).as_posix(),
                     **drawn.get("figures", {}),
                 }
