@@ -14,6 +14,7 @@ from lpcam.pipeline.experiments.results import Record, gather
 from lpcam.pipeline.experiments.running import ExperimentFolder, run_all
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.report import experiment as report
+from lpcam.runtime.errors import LpcamError
 from lpcam.runtime.files import write_bytes, write_json
 
 
@@ -59,25 +60,24 @@ def run_experiment(
         experiment, planned, state, {"experiment": name, "size": size, "command": command}
     )
     done = [one for one in planned if state[one.folder.name]["status"] == "done"]
-    plots = []
+    plots, files = [], []
     for number, plot in enumerate(experiment.plots, start=1):
-        for drawn in _drawn(experiment, plot, results, [one.folder for one in done]):
-            suffix, data = (
-                (".svg", drawn["svg"].encode()) if "svg" in drawn else (".png", drawn["png"])
-            )
-            part = drawn.get("name")  # of one of several pictures
-            path = place.plot(number, f"-{part}{suffix}" if part else suffix)
+        try:
+            found = [*_drawn(experiment, plot, results, [one.folder for one in done])]
+        except LpcamError as error:  # one picture must not lose the table
+            plots.append({"title": plot.title, "text": f"Not drawn: {error}"})
+            continue
+        for drawn in found:
+            is_svg, part = "svg" in drawn, drawn.get("name")  # of one of several pictures
+            data = drawn["svg"].encode() if is_svg else drawn["png"]
+            path = place.plot(number, (f"-{part}" if part else "") + (".svg" if is_svg else ".png"))
             title = f"{plot.title}: {part}" if part else plot.title
             write_bytes(path, data)
-            shown = {"svg": drawn["svg"]} if "svg" in drawn else {"picture": data_uri(data, "png")}
+            shown = {"svg": drawn["svg"]} if is_svg else {"picture": data_uri(data, "png")}
             plots.append({"title": title, "text": drawn.get("text", ""), **shown})
-            results.setdefault("plots", []).append(
-                {
-                    "title": title,
-                    "file": path.relative_to(folder).as_posix(),
-                    **drawn.get("figures", {}),
-                }
-            )
+            file = {"title": title, "file": path.relative_to(folder).as_posix()}
+            files.append({**file, **drawn.get("figures", {})})
+    results["plots"] = files
     write_json(place.results, results)
     write_bytes(place.markdown, report.markdown(results).encode())
     write_bytes(place.latex, report.latex(results).encode())
