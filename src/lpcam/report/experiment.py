@@ -217,7 +217,10 @@ def page(results: Record, plots: Sequence[Mapping[str, str]], links: Mapping[str
             head=head,
             lines=lines,
             conditions=conditions(results),
-            plots=[{**one, "svg": Markup(one["svg"]) if "svg" in one else None} for one in plots],
+            plots=[
+                {"picture": None, **one, "svg": Markup(one["svg"]) if "svg" in one else None}
+                for one in plots
+            ],
             links=links,
             percent=percent,
         )

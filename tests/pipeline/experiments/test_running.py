@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
 from tiny import digests, draw_folder, recipe_values, times, write_weights
 
+from lpcam.pipeline.experiments.pictures import PICTURES
 from lpcam.pipeline.experiments.writing import run_experiment
 from lpcam.pipeline.recipe import load_recipe
 from lpcam.pipeline.run import run
+from lpcam.pipeline.run_folder import RunFolder
 from lpcam.runtime.errors import ArtefactError, DataError
 from lpcam.runtime.files import read_json
 
@@ -159,3 +161,19 @@ def test_missing_data_are_refused_before_any_arm(recipe: Path, tmp_path: Path) -
     with pytest.raises(DataError, match="nowhere"):
         run_experiment(source, "tiny", tmp_path / "e", recipe=str(recipe), changes=changes)
     assert not (tmp_path / "e/runs").exists()
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_lose_the_table(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(run: RunFolder) -> NoReturn:
+        raise ArtefactError("no image fits")
+
+    monkeypatch.setitem(PICTURES, "sheet", refuse)
+    plots = [{"kind": "sheet", "title": "pictures"}]
+    values: dict[str, Any] = {"sizes": {"tiny": {}}, "sweeps": [], "arms": [{"name": "a"}]}
+    source = definition(tmp_path / "own.yaml", plots=plots, **values)
+    results = run_experiment(source, "tiny", tmp_path / "e", recipe=str(recipe))
+    assert results["plots"] == []
+    assert results["rows"]
+    assert "no image fits" in (tmp_path / "e/report.html").read_text("utf-8")
