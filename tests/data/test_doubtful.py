@@ -155,7 +155,7 @@ REFUSED: dict[str, tuple[Files | Sequence[str], str, str]] = {
     "COCO's results": ({"a.jpg": "", "r.json": '[{"image_id": 1}]'}, "", "r.json.*results"),
     "COCO cut off": ({"a.jpg": "", "c.json": '{"info": {},\n"images": ['}, "", "c.json.*--kind"),
     "TFRecord": ({"train.tfrecord-00000-of-00001": "x"}, "", "TFRecord"),
-    "Parquet": ({"data/train-0.parquet": "x"}, "", "import huggingface"),
+    "Parquet": ({"data/train-0.parquet": "x"}, "", "labels.csv"),
     "another table": ({"train.csv": "x", "cat/1.jpg": ""}, "", "--labels {root}/train.csv"),
     # several names in one
     "pipe": (table("a,cow|dog", "b,dog"), "", "line 2: 'cow|dog' .*--separator '|'"),

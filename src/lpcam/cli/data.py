@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,6 @@ estimate = Lazy("lpcam.pipeline.estimate")
 sbd = Lazy("lpcam.data.sbd")
 voc = Lazy("lpcam.data.voc")
 coco = Lazy("lpcam.data.coco.dataset")
-huggingface = Lazy("lpcam.data.huggingface")
 label_tables = Lazy("lpcam.data.labels")
 label_files = Lazy("lpcam.formats.labels")
 map_folders = Lazy("lpcam.formats.map_folders")
@@ -34,11 +32,6 @@ def _setting(name: str, help: str) -> Argument:
 
 
 CROWDS = _setting("crowds", "COCO's objects with iscrowd 1: background, void or objects (CVAT's).")
-SEPARATOR = Argument(
-    "--separator", help="Text between labels, such as ',', or 'list' for lists (default: ';')."
-)
-NO_CLASS = Argument("--no-class", type=names, help="Labels that mean no class, e.g. none,good.")
-CLASSES = Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog.")
 
 
 def _range(text: str) -> tuple[float, float]:
@@ -58,10 +51,10 @@ READING = (
         type=lambda text: text if text == "folders" else Path(text),
         help="A .csv or .jsonl instead of the usual labels; for a folder also 'folders'.",
     ),
-    SEPARATOR,
-    NO_CLASS,
+    Argument("--separator", help="Text between labels: ',', or 'list' for lists (default: ';')."),
+    Argument("--no-class", type=names, help="Labels that mean no class, e.g. none,good."),
     Argument("--masks", type=Path, help="Folder of true masks, ID.png."),
-    CLASSES,
+    Argument("--classes", type=names, help="Subset of the classes, e.g. cow,dog."),
     Argument("--range", type=_range, help="LOW,HIGH of deep images that become 0 and 255."),
     Argument("--orientation", choices=("upright", "stored"), help="Pixels that masks fit (EXIF)."),
     Argument("--palette", type=Path, help="Colours of the classes: labelmap.txt, class_dict.csv."),
@@ -206,31 +199,6 @@ def import_labels(
     names = None if ids is None else [name for _, name in label_tables.read_lines(ids)]
     table = class_table(classes).names
     print(label_files.import_labels(source, output, classes=table, ids=names, **split))
-    return 0
-
-
-@command(
-    "import huggingface",
-    Argument("source", help="Folder of save_to_disk, folder or file of data, or name on the hub."),
-    Argument("output", type=Path, help="Folder to write."),
-    Argument("--image", help="Column with the images (default: image)."),
-    Argument("--labels", help="Column: label (default), objects.category, or cow,dog of 0 and 1."),
-    Argument("--names", dest="numbered", help="Names of the labels 0, 1, ...: a file, or cow,dog."),
-    Argument("--split", help="Split to read, if there are several."),
-    SEPARATOR,
-    NO_CLASS,
-    CLASSES,
-)
-def import_huggingface(
-    call: Invocation, source: str, output: Path, numbered: str | None, **columns: Any
-) -> int:
-    """Write a Hugging Face data set as a folder of images and labels."""
-    if numbered is not None:
-        path = Path(numbered)
-        named = label_tables.read_names(path, columns["separator"]) if path.is_file() else None
-        columns["names"] = named or names(numbered)
-    print(huggingface.import_huggingface(source, output, **columns))
-    print(f"next: lpcam init {shlex.quote(str(output))}")
     return 0
 
 

@@ -20,7 +20,7 @@ import io
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,26 +188,6 @@ def check_label_names(labels: Mapping[str, str], *, numbers: bool = False) -> No
                 f"{where}: {label!r} differs from {other!r} in capitals alone; write one of them, "
                 "or list both in classes.txt if they are two classes"
             )
-
-
-def check_storable(classes: Iterable[str]) -> None:
-    """Raise DataError for a class name that tables of labels and lists of classes cannot hold."""
-    for name in classes:
-        if not name or name != name.strip() or ";" in name or len(name.splitlines()) != 1:
-            raise DataError(
-                f"the class name {name!r} is empty, or has blanks at its ends, a ';' or a line "
-                "break, which a table of labels cannot hold; rename the class"
-            )
-
-
-def table_bytes(
-    rows: Iterable[tuple[str, Iterable[str]]], classes: Iterable[str]
-) -> tuple[bytes, bytes]:
-    """The contents of ``labels.csv``, of images with their labels, and of ``classes.txt``."""
-    text = io.StringIO(newline="")
-    lines = ((image, ";".join(labels)) for image, labels in rows)
-    csv.writer(text, lineterminator="\n").writerows([("image", "labels"), *lines])
-    return text.getvalue().encode(), "".join(f"{name}\n" for name in classes).encode()
 
 
 def several_labels(text: str, where: str, separator: str) -> DataError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lpcam.data.dataset import ClassTable, check_unique, without_suffix
-from lpcam.data.labels import check_storable, image_name, read_text, table_bytes
+from lpcam.data.labels import image_name, read_text
 from lpcam.formats.pickled_arrays import read_pickled_arrays
 from lpcam.runtime.errors import DataError
 from lpcam.runtime.files import read_bytes, write_bytes
@@ -33,7 +35,12 @@ def import_labels(
     an array (n, N) of ``ids``; a value above 0 is a label. 10 digits become a VOC id (2007000032:
     ``2007_000032``), other numbers those of ``coco_split``.
     """
-    check_storable(classes)
+    for name in classes:
+        if not name or name != name.strip() or ";" in name or len(name.splitlines()) != 1:
+            raise DataError(
+                f"the class name {name!r} is empty, or has blanks at its ends, a ';' or a line "
+                "break, which a table of labels cannot hold; rename the class"
+            )
     if output.suffix.lower() != ".csv":
         raise DataError(f"{output} is not the name of a table; give one that ends in .csv")
     if source.suffix.lower() in (".csv", ".jsonl"):
@@ -61,9 +68,13 @@ def import_labels(
         if not np.isfinite(row).all():
             raise DataError(f"{where} has NaN or infinity for {name!r}; labels are 0 or 1")
     present = np.stack(rows) > 0
-    labels = ([classes[n] for n in np.flatnonzero(row).tolist()] for row in present)
-    table, lines = table_bytes(zip(names, labels, strict=True), classes)
-    write_unchanged({output: table, output.with_name(CLASSES_FILE): lines})
+    labels = (";".join(classes[n] for n in np.flatnonzero(row).tolist()) for row in present)
+    table = io.StringIO(newline="")
+    lines = [("image", "labels"), *zip(names, labels, strict=True)]
+    csv.writer(table, lineterminator="\n").writerows(lines)
+    listed_names = "".join(f"{name}\n" for name in classes)
+    contents = {output: table.getvalue(), output.with_name(CLASSES_FILE): listed_names}
+    write_unchanged({path: text.encode() for path, text in contents.items()})
     without = int((~present.any(axis=1)).sum())
     return f"labels of {len(names):,} images in {output}, {without:,} of them without a label"
 
