@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from lpcam.data.coco.dataset import open_annotated
 from lpcam.data.coco.files import ALL, find_image, listing_of, name_parts
 from lpcam.data.coco.index import CocoAnnotation, CocoFile, parse_json
-from lpcam.data.coco.painting import fill
+from lpcam.data.coco.painting import fill, paint
 from lpcam.data.dataset import Skip
-from lpcam.data.image_files import list_images
+from lpcam.data.image_files import FolderFiles, list_images
 from lpcam.data.images import IMAGE_SUFFIXES, load_values
 from lpcam.data.labels import normal_name
 from lpcam.data.reader import Opened, Reader, Request
@@ -169,25 +169,58 @@ def _find(
     return found.pop()
 
 
+def image_finder(folder: Path) -> tuple[Callable[[Mapping[str, Any]], Path], FolderFiles]:
+    """A function that finds the image of a task below a folder, and the files of that folder.
+
+    Nothing else is opened, whatever a task names. It raises DataError if there is no such image, or
+    if there are several.
+    """
+    files = list_images(folder)
+    inside = {p for _, file in files.images for p in file.relative_to(folder).parents}
+    places = [folder / one for one in sorted(inside)]
+
+    @cache
+    def listing(place: Path) -> dict[str, str]:
+        return {_plain(name): stored for name, stored in listing_of(place).items()}
+
+    return lambda task: _find(task, places, listing), files
+
+
+def given_names(results: Sequence[Any]) -> list[str]:
+    """The labels that the results of an annotation name, of regions and of the image."""
+    return [one.name for one in _results(results, "", defaultdict(list))[0]]
+
+
+def painted(
+    results: Sequence[Any], size: tuple[int, int], values: Mapping[int | str, int]
+) -> NDArray[np.uint8]:
+    """The mask of an annotation, uint8 (H, W) of ``size``; ``values`` are those of the labels.
+
+    Raises DataError if it is no whole mask: a label has no outline, or is none of ``values``.
+    """
+    found, _ = _results(results, "", defaultdict(list))
+    for one in found:
+        if one.shape is None or one.name not in values:
+            raise DataError(
+                f"{one.name!r} has no outline, or is none of {', '.join(map(str, values))}; draw each object "
+                "with a brush or a polygon, with the label of a class"
+            )
+    regions = [CocoAnnotation(0, 0, one.name, False, None, one.shape) for one in found]
+    return paint(regions, size, values)
+
+
 def _by_image(
     path: Path, tasks: Sequence[dict[str, Any]], skipped: list[Skip], notes: dict[str, list[str]]
 ) -> dict[Path, list[_Found]]:
     """What each annotation of an image says; tasks without one or without an image are skipped."""
-    files = list_images(path.parent)
+    find, files = image_finder(path.parent)
     skipped += files.unread
-    inside = {p for _, file in files.images for p in file.relative_to(path.parent).parents}
-    places = [path.parent / folder for folder in sorted(inside)]
-
-    @cache
-    def listing(folder: Path) -> dict[str, str]:
-        return {_plain(name): stored for name, stored in listing_of(folder).items()}
-
     options = defaultdict[Path, list[_Found]](list)
     predicted = not any(task.get("annotations") or task.get("completions") for task in tasks)
     for number, task in enumerate(tasks, start=1):
         name = f"task {task.get('id', number)}"
         try:
-            image, given = _find(task, places, listing), _annotations(task, predicted)
+            image, given = find(task), _annotations(task, predicted)
             options[image] += [_results(one, name, notes) for one in given]
         except DataError as error:
             skipped.append(Skip(name, str(error)))

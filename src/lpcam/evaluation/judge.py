@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lpcam.classifiers.features import FeaturePair
+from lpcam.data.dataset import BACKGROUND, IGNORE
 from lpcam.method.early import EarlyImage, EarlyPrototypes, fuse
 from lpcam.runtime.parallel import ordered_map
 
@@ -116,6 +117,34 @@ def _entropy(shares: Tensor) -> Tensor:
     """Entropy over the last axis, in nats."""
     entropy: Tensor = torch.special.entr(shares).sum(-1)
     return entropy
+
+
+def quality(image: NDArray[np.uint8], mask: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
+    """How far a mask can be trusted, in [0, 1], without truth: the uncertain masks are the lowest.
+
+    The product of the colour information of the mask and of its agreement with the mask of another
+    method: the mean over classes of their IoU. 1 if neither shows a class.
+
+    Args:
+        image: (H, W, 3), RGB.
+        mask: (H, W), mask values; 0 and 255 are no class.
+        other: (H, W), of the same values.
+
+    Example:
+        >>> image = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)
+        >>> quality(image, np.array([[0, 1]], np.uint8), np.array([[0, 1]], np.uint8))
+        1.0
+    """
+    shown = {*np.unique(mask).tolist(), *np.unique(other).tolist()} - {BACKGROUND, IGNORE}
+    if not shown:
+        return 1.0
+    pairs = [(mask == value, other == value) for value in shown]
+    agreement = np.mean([(a & b).sum() / (a | b).sum() for a, b in pairs])
+    foreground = torch.from_numpy(np.isin(mask, [*shown]).astype(np.float32))
+    step = step_of((mask.shape[0], mask.shape[1]))
+    # of a mask of 0 and 1 every threshold says the same
+    colours = colour_bins(image[::step, ::step])
+    return float(agreement * colour_information(colours, foreground[::step, ::step])[0])
 
 
 @dataclass(frozen=True)

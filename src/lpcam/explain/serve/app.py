@@ -10,7 +10,8 @@ import asyncio
 import base64
 import json
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,6 +37,7 @@ from lpcam.runtime.resources import available_threads
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 T = TypeVar("T")
@@ -58,7 +60,7 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
-_NEEDED = "serve needs starlette and uvicorn"
+NEEDED = "serve needs starlette and uvicorn"
 
 
 class RefusedError(LpcamError):
@@ -83,14 +85,21 @@ def serve(
 
     LpcamError if the port is taken. Without ``threads``, all that this process may use are used.
     """
-    uvicorn = import_extra("uvicorn", "serve", _NEEDED)
     name = str(explainer.made_by.get("run", "a model"))
+    app = partial(application, explainer, name=name, threads=threads, patch=patch)
+    serve_application(app, port, f"LPCAM of {name}")
+
+
+def serve_application(application: Callable[..., ASGIApp], port: int, name: str) -> None:
+    """Serve the application for a ``port`` of this machine until interrupted."""
+    uvicorn = import_extra("uvicorn", "serve", NEEDED)
     with _listen(port) as listener:
         port = listener.getsockname()[1]
-        app = application(explainer, name=name, port=port, threads=threads, patch=patch)
         quiet: dict[str, Any] = {"access_log": False, "server_header": False}
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", **quiet)
-        print(f"LPCAM of {name} on http://{ADDRESS}:{port}/ (stop with Ctrl+C)", flush=True)
+        config = uvicorn.Config(
+            application(port=port), log_level="warning", lifespan="off", ws="none", **quiet
+        )
+        print(f"{name} on http://{ADDRESS}:{port}/ (stop with Ctrl+C)", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -116,12 +125,11 @@ def application(
     patch: Callable[[int, str, int], Path] | None = None,
 ) -> ASGIApp:
     """The web application; arguments as of :func:`serve`."""
-    import_extra("starlette", "serve", _NEEDED)
-    from starlette.applications import Starlette  # noqa: PLC0415 - an extra
-    from starlette.responses import JSONResponse, Response  # noqa: PLC0415
+    import_extra("starlette", "serve", NEEDED)
+    from starlette.responses import JSONResponse, Response  # noqa: PLC0415 - an extra
     from starlette.routing import Route  # noqa: PLC0415
 
-    queue = _Queue(threads or available_threads())
+    queue = Queue(threads or available_threads())
     explainers = {"fast": explainer.fast(), "full": explainer}
     about = {
         "name": name,
@@ -163,6 +171,28 @@ def application(
 
         return Response(await queue.work(request, work), media_type="image/png")
 
+    async def prototypes(_request: Request) -> Response:
+        return JSONResponse(_cards(explainer.prototypes, patch))
+
+    page = page_environment().get_template("serve.html.jinja").render()
+    script = page_file("shared.js") + page_file("serve.js")
+    routes = [
+        Route("/", static(page, "text/html")),
+        Route("/page.css", static(page_file("page.css"), "text/css")),
+        Route("/page.js", static(script, "text/javascript")),
+        Route("/about", static(json.dumps(about), "application/json")),
+        Route("/prototypes", prototypes),
+        Route("/maps", maps, methods=["POST"]),
+        Route("/mask", mask, methods=["POST"]),
+    ]
+    return closed_application(routes, port)
+
+
+def closed_application(routes: Sequence[BaseRoute], port: int) -> ASGIApp:
+    """An application that answers this machine's programs and its own page, and tells errors."""
+    from starlette.applications import Starlette  # noqa: PLC0415 - an extra
+    from starlette.responses import JSONResponse  # noqa: PLC0415
+
     async def refuse(_request: Request, error: Exception) -> Response:
         if not isinstance(error, LpcamError):
             return JSONResponse({"error": "the server failed; see its terminal"}, 500)
@@ -170,24 +200,8 @@ def application(
         retry = {"retry-after": "3"} if status == 503 else {}
         return JSONResponse({"error": str(error)}, status, headers=retry)
 
-    async def prototypes(_request: Request) -> Response:
-        return JSONResponse(_cards(explainer.prototypes, patch))
-
-    page = page_environment().get_template("serve.html.jinja").render()
-    script = page_file("shared.js") + page_file("serve.js")
-    app = Starlette(
-        routes=[
-            Route("/", static(page, "text/html")),
-            Route("/page.css", static(page_file("page.css"), "text/css")),
-            Route("/page.js", static(script, "text/javascript")),
-            Route("/about", static(json.dumps(about), "application/json")),
-            Route("/prototypes", prototypes),
-            Route("/maps", maps, methods=["POST"]),
-            Route("/mask", mask, methods=["POST"]),
-        ],
-        exception_handlers={LpcamError: refuse, Exception: refuse},
-    )
-    return _only_own_page(app, port)
+    handlers = {LpcamError: refuse, Exception: refuse}
+    return _only_own_page(Starlette(routes=routes, exception_handlers=handlers), port)
 
 
 def _only_own_page(app: ASGIApp, port: int) -> ASGIApp:
@@ -224,11 +238,17 @@ def _only_own_page(app: ASGIApp, port: int) -> ASGIApp:
     return answer
 
 
-class _Queue:
-    """Processes uploads one at a time; rejects them when too many wait."""
+class Queue:
+    """Processes uploads one at a time; rejects them when too many wait.
 
-    def __init__(self, threads: int) -> None:
-        self.threads = threads
+    ``kinds`` are the beginnings of the content types that it takes. Forms of other sites cannot
+    send these without asking first.
+    """
+
+    def __init__(
+        self, threads: int, kinds: tuple[str, ...] = ("image/", "application/octet-stream")
+    ) -> None:
+        self.threads, self.kinds = threads, kinds
         self.waiting = 0
         self.lock = asyncio.Lock()
 
@@ -236,10 +256,10 @@ class _Queue:
         """The result of ``work`` on the body of a request, computed in a thread."""
         from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - an extra
 
-        # Forms of other sites cannot send these types without asking first.
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if not kind.startswith("image/") and kind != "application/octet-stream":
-            raise RefusedError(415, f"the upload has the type {kind or 'none'}, not an image")
+        if not kind.startswith(self.kinds):
+            expected = " or ".join(self.kinds)
+            raise RefusedError(415, f"the upload has the type {kind or 'none'}; send {expected}")
         if self.waiting >= MOST_WAITING:
             raise RefusedError(503, "too many photographs are waiting; try again in a moment")
         self.waiting += 1

@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -121,6 +121,17 @@ class MaskEntry:
         return None if folder == image else Path(folder or "/")
 
 
+class Found(NamedTuple):
+    """What a run knows of a mask."""
+
+    heat: NDArray[np.float32] | None  #: (H, W) in [0, 1]: the largest of its class maps.
+    scores: Mapping[str, float]
+    """``quality`` (:func:`lpcam.evaluation.judge.quality`), ``miou_lpcam``, ..."""
+
+
+NO_MAPS = Found(None, {})
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
     """A mask, uint8 (H, W), with its objects, their classes, and the image's name."""
@@ -130,6 +141,7 @@ class Picture:
     mask: NDArray[np.uint8]
     objects: Sequence[Region]
     classes: ClassTable
+    found: Found = NO_MAPS
 
     @property
     def size(self) -> tuple[int, int]:
@@ -145,6 +157,7 @@ class Format:
 
     refers_to_images: bool = False  #: Images stay where they are and are named by their data set.
     has_image_root: bool = False  #: A path can be put before the name of each image.
+    holds_scores: bool = False  #: It has the scores of a mask.
     document_name: str | None = None  #: Path of the document, None for a format without one.
     ignored: str = "of no object: the format has no such pixels, its readers take background"
     """Treatment of ignored pixels (255), for the summary."""

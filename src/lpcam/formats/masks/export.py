@@ -8,11 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lpcam.data.dataset import IGNORE, ClassTable, Skip, check_unique, safe_id
 from lpcam.data.images import upright_size
 from lpcam.data.masks import read_index_mask
 from lpcam.data.output_folders import read_index
-from lpcam.formats.masks.base import Format, MaskEntry, Picture, regions
+from lpcam.formats.masks.base import NO_MAPS, Format, Found, MaskEntry, Picture, regions
 from lpcam.formats.registry import FORMATS
 from lpcam.method.objects import Plane
 from lpcam.runtime.errors import ArtefactError, DataError
@@ -58,6 +61,7 @@ def export_masks(
     instances: bool = False,
     evidence: Callable[..., Plane] | None = None,
     image_root: str = "",
+    judge: Callable[[MaskEntry, NDArray[np.uint8]], Found] | None = None,
     workers: int = 1,
     made_by: Mapping[str, Any] | None = None,
 ) -> ExportedMasks:
@@ -67,6 +71,7 @@ def export_masks(
     other file. With ``instances`` an object is a connected component of a class, or with
     ``evidence`` (``Explainer.discriminative``) one of the objects that it separates, which needs
     the images; ``image_root`` is the images' folder below the folder that Label Studio serves.
+    ``judge`` (``RunFolder.judge()``) gives heat maps and scores to the formats that hold them.
     """
     writer = FORMATS[format]
     if writer.refers_to_images:
@@ -106,7 +111,8 @@ def export_masks(
                 instances=instances,
                 evidence=evidence and partial(evidence, entry.image),
             )
-            picture = Picture(entry, prefix + entry.name, mask, objects, classes)
+            found = judge(entry, mask) if judge and writer.holds_scores else NO_MAPS
+            picture = Picture(entry, prefix + entry.name, mask, objects, classes, found)
             writer.write(picture, [output / path for path in writer.paths(entry)])
         except DataError as error:
             return Skip(entry.id, str(error))
