@@ -170,10 +170,9 @@ def _find(
 
 
 def image_finder(folder: Path) -> tuple[Callable[[Mapping[str, Any]], Path], FolderFiles]:
-    """A function that finds the image of a task below a folder, and the files of that folder.
+    """A function that finds the image of a task below a folder, and the files of the folder.
 
-    Nothing else is opened, whatever a task names. It raises DataError if there is no such image, or
-    if there are several.
+    It opens nothing, whatever a task names; DataError if there is no such image, or several.
     """
     files = list_images(folder)
     inside = {p for _, file in files.images for p in file.relative_to(folder).parents}
@@ -186,25 +185,21 @@ def image_finder(folder: Path) -> tuple[Callable[[Mapping[str, Any]], Path], Fol
     return lambda task: _find(task, places, listing), files
 
 
-def given_names(results: Sequence[Any]) -> list[str]:
-    """The labels that the results of an annotation name, of regions and of the image."""
-    return [one.name for one in _results(results, "", defaultdict(list))[0]]
+def given_names(results: Sequence[Any]) -> set[str]:
+    """The labels of an annotation, of regions and of the image."""
+    return {one.name for one in _results(results, "", defaultdict(list))[0]}
 
 
 def painted(
     results: Sequence[Any], size: tuple[int, int], values: Mapping[int | str, int]
 ) -> NDArray[np.uint8]:
-    """The mask of an annotation, uint8 (H, W) of ``size``; ``values`` are those of the labels.
-
-    Raises DataError if it is no whole mask: a label has no outline, or is none of ``values``.
-    """
+    """The mask (H, W) of an annotation; DataError if a label has no outline, or no value."""
     found, _ = _results(results, "", defaultdict(list))
-    for one in found:
-        if one.shape is None or one.name not in values:
-            raise DataError(
-                f"{one.name!r} has no outline, or is none of {', '.join(map(str, values))}; draw each object "
-                "with a brush or a polygon, with the label of a class"
-            )
+    if others := {one.name for one in found if one.shape is None or one.name not in values}:
+        raise DataError(
+            f"{', '.join(sorted(others))}: no outline, or no class of the run; draw each object "
+            f"with a brush or a polygon that has one of the labels {', '.join(map(str, values))}"
+        )
     regions = [CocoAnnotation(0, 0, one.name, False, None, one.shape) for one in found]
     return paint(regions, size, values)
 

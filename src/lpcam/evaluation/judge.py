@@ -120,15 +120,10 @@ def _entropy(shares: Tensor) -> Tensor:
 
 
 def quality(image: NDArray[np.uint8], mask: NDArray[np.uint8], other: NDArray[np.uint8]) -> float:
-    """How far a mask can be trusted, in [0, 1], without truth: the uncertain masks are the lowest.
+    """How far a mask (H, W) of an image (H, W, 3) can be trusted, in [0, 1], without truth.
 
-    The product of the colour information of the mask and of its agreement with the mask of another
-    method: the mean over classes of their IoU. 1 if neither shows a class.
-
-    Args:
-        image: (H, W, 3), RGB.
-        mask: (H, W), mask values; 0 and 255 are no class.
-        other: (H, W), of the same values.
+    Its colour information times its mean IoU with the mask of another method; 1 if neither shows a
+    class. It orders the masks of a run.
 
     Example:
         >>> image = np.array([[[0, 0, 0], [255, 255, 255]]], np.uint8)

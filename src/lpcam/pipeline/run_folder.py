@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.reader import ListName
 from lpcam.evaluation.judge import quality
 from lpcam.explain.explainer import Explainer
-from lpcam.formats.masks.base import Found, MaskEntry
+from lpcam.formats.masks.base import MaskEntry
+from lpcam.formats.masks.export import Judge
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.method.choices import Choice, format_choices
 from lpcam.method.early import EarlyPrototypes
@@ -371,34 +372,30 @@ class RunFolder:
         made_by = {"run": recipe.name, "maps": chosen}
         return Maps(chosen, folder, present, missing, dataset.classes, made_by)
 
-    def judge(self) -> Callable[[MaskEntry, NDArray[np.uint8]], Found]:
-        """What the run knows of a mask of its list, for exports: heat map and scores.
+    def judge(self) -> Judge:
+        """What the run has about a mask of its list: heat map, ``quality`` and ``miou_METHOD``.
 
-        ``quality`` compares with the mask of CAM, ``miou_lpcam`` and the like with the truth. What
-        the run does not have is left out.
+        The quality (:func:`lpcam.evaluation.judge.quality`) compares with the mask of CAM, mIoU
+        with the truth.
         """
         recipe = self.load_recipe()
         classes, threshold = read_dataset(recipe, ("maps",)).classes, self._threshold(recipe, "CAM")
-        known = read_json(self.image_scores) if self.image_scores.is_file() else {"ids": []}
-        places = {name: place for place, name in enumerate(known.pop("ids"))}
-        names = [name for name in reversed(RESULTS.values()) if (self / name).is_dir()]
+        known = read_json(self.image_scores) if self.image_scores.is_file() else {}
+        ids = known.pop("ids", [])
+        names = [name for name in ("lpcam_e", "lpcam") if (self / name).is_dir()]
 
-        def judge(entry: MaskEntry, mask: NDArray[np.uint8]) -> Found:
-            scores: dict[str, float] = {}
-            for method, values in known.items() if entry.id in places else ():
-                if (value := values[places[entry.id]]) is not None:
-                    scores[f"miou_{RESULTS[method]}"] = value
-            paths = [map_path(self / name, entry.id) for name in names]
-            if not (paths and paths[0].is_file()):
-                return Found(None, scores)
-            heat = read_maps(paths[0]).high_res.max(axis=0, initial=0)
-            if names[-1] == "cam" and entry.image is not None:
-                maps = read_maps(paths[-1])
-                other = to_mask(
-                    seeds(torch.from_numpy(maps.high_res), threshold), maps.keys, classes
-                )
-                scores["quality"] = quality(read_image(entry.image, entry.reading), mask, other)
-            return Found(heat, scores)
+        def judge(
+            entry: MaskEntry, mask: NDArray[np.uint8]
+        ) -> tuple[NDArray[np.float32] | None, Mapping[str, float]]:
+            place = ids.index(entry.id) if entry.id in ids else None
+            scores = {f"miou_{RESULTS[k]}": v[place] for k, v in known.items() if place is not None}
+            paths = [map_path(self / name, entry.id) for name in (*names[:1], "cam")]
+            if entry.image is None or not all(path.is_file() for path in paths):
+                return None, scores
+            cam = read_maps(paths[-1])
+            other = to_mask(seeds(torch.from_numpy(cam.high_res), threshold), cam.keys, classes)
+            scores["quality"] = quality(read_image(entry.image, entry.reading), mask, other)
+            return read_maps(paths[0]).high_res.max(axis=0, initial=0), scores
 
         return judge
 

@@ -239,16 +239,13 @@ def _only_own_page(app: ASGIApp, port: int) -> ASGIApp:
 
 
 class Queue:
-    """Processes uploads one at a time; rejects them when too many wait.
+    """Processes uploads one at a time; rejects them when too many wait, or of other types."""
 
-    ``kinds`` are the beginnings of the content types that it takes. Forms of other sites cannot
-    send these without asking first.
-    """
+    # Forms of other sites cannot send these types without asking first.
+    kinds: tuple[str, ...] = ("image/", "application/octet-stream")
 
-    def __init__(
-        self, threads: int, kinds: tuple[str, ...] = ("image/", "application/octet-stream")
-    ) -> None:
-        self.threads, self.kinds = threads, kinds
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
         self.waiting = 0
         self.lock = asyncio.Lock()
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.images import png_bytes
@@ -19,13 +17,13 @@ from lpcam.runtime.files import write_bytes
 class _FiftyOne(Format):
     """``samples.json``, ``metadata.json`` and the pictures of two fields.
 
-    It is FiftyOne's format without its version, which every version reads and which names no type
-    of a database. Images stay where they are.
+    It is FiftyOne's format without its version, which names no type of a database. Images stay.
     """
 
     refers_to_images = True
     holds_scores = True
     document_name = "samples.json"
+    frame = b'{"samples": [', b"]}"
     ignored = "kept as 255"
 
     def check(self, entry: MaskEntry, ids: frozenset[str]) -> None:
@@ -38,38 +36,29 @@ class _FiftyOne(Format):
 
     def write(self, picture: Picture, paths: Sequence[Path]) -> None:
         write_bytes(paths[0], png_bytes(picture.mask))  # grey: it reads a palette as colours
-        if picture.found.heat is not None:
-            write_plane(paths[1], picture.found.heat)
+        if picture.heat is not None:
+            write_plane(paths[1], picture.heat)
 
     def record(self, picture: Picture) -> Any:
-        sides = np.tile(picture.size[::-1], 2)
-        mask, heat = self.paths(picture.entry)
+        height, width = picture.size
         boxes = [
             {
                 "_cls": "Detection",
                 "label": picture.classes.names[one.label],
-                "bounding_box": (
-                    np.array([one.x0, one.y0, one.width, one.height]) / sides
-                ).tolist(),
+                "bounding_box": [value / side for value, side in zip(*box, strict=True)],
             }
             for one in picture.objects
+            for box in [((one.x0, one.y0, one.width, one.height), (width, height) * 2)]
         ]
-        assert picture.entry.image is not None  # see check
-        sample = {
-            "filepath": str(picture.entry.image.absolute()),
-            "tags": [],
+        mask, heat = self.paths(picture.entry)
+        shown = {"_cls": "Heatmap", "map_path": heat}
+        return {
+            "filepath": str(picture.entry.image and picture.entry.image.absolute()),
             "masks": {"_cls": "Segmentation", "mask_path": mask},
             "objects": {"_cls": "Detections", "detections": boxes},
-            **picture.found.scores,
+            "heat": None if picture.heat is None else shown,
+            **picture.scores,
         }
-        if picture.found.heat is not None:
-            sample["heat"] = {"_cls": "Heatmap", "map_path": heat}
-        return sample
-
-    def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
-        for number, one in enumerate(records):
-            yield (b",\n" if number else b'{"samples": [\n') + compact_json(one)
-        yield b"\n]}\n"
 
     def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
         targets = {str(n): name for name, n in zip(classes.names, classes.mask_ids, strict=True)}

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, get_args
 from urllib.parse import quote
 from xml.etree.ElementTree import Element, SubElement
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from lpcam.data.dataset import ClassTable
 from lpcam.data.masks import voc_palette
-from lpcam.formats.masks.base import MADE, Format, Picture, Region, compact_json, runs, xml_text
+from lpcam.formats.masks.base import MADE, Format, Picture, Region, runs, xml_text
 from lpcam.formats.masks.outlines import outlines
 
 _LOCAL_FILES = "/" + "data/local-files/?d="  # a path below the served folder is added
@@ -42,12 +42,16 @@ def packed_runs(mask: NDArray[np.bool_]) -> list[int]:
     return list(int(text, 2).to_bytes(len(text) // 8, "big"))
 
 
+Kind = Literal["BrushLabels", "PolygonLabels"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
 class Tags(NamedTuple):
     """The tags of a labelling configuration that a region names."""
 
     image: str = "image"
     regions: str = "mask"
-    kind: Literal["BrushLabels", "PolygonLabels"] = "BrushLabels"
+    kind: Kind = "BrushLabels"
 
 
 def region_results(
@@ -95,18 +99,11 @@ class _LabelStudio(Format):
 
     def record(self, picture: Picture) -> Any:
         results = region_results(picture.objects, picture.classes, picture.size, self.tags)
-        prediction: dict[str, Any] = {"model_version": MADE, "result": results}
-        if "quality" in picture.found.scores:
-            prediction["score"] = picture.found.scores["quality"]
+        score = picture.scores.get("quality")
         return {
             "data": {self.tags.image: _LOCAL_FILES + quote(picture.name)},
-            "predictions": [prediction],
+            "predictions": [{"model_version": MADE, "score": score, "result": results}],
         }
-
-    def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
-        for number, one in enumerate(records):
-            yield (b",\n" if number else b"[\n") + compact_json(one)
-        yield b"\n]\n"
 
     def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
         view, image = Element("View"), self.tags.image
