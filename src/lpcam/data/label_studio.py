@@ -191,14 +191,14 @@ def given_names(results: Sequence[Any]) -> set[str]:
 
 
 def painted(
-    results: Sequence[Any], size: tuple[int, int], values: Mapping[int | str, int]
+    results: Sequence[Any], size: tuple[int, int], values: Mapping[Any, int]
 ) -> NDArray[np.uint8]:
     """The mask (H, W) of an annotation; DataError if a label has no outline, or no value."""
     found, _ = _results(results, "", defaultdict(list))
     if others := {one.name for one in found if one.shape is None or one.name not in values}:
         raise DataError(
             f"{', '.join(sorted(others))}: no outline, or no class of the run; draw each object "
-            f"with a brush or a polygon that has one of the labels {', '.join(map(str, values))}"
+            f"with a brush or a polygon that has one of the labels {', '.join(values)}"
         )
     regions = [CocoAnnotation(0, 0, one.name, False, None, one.shape) for one in found]
     return paint(regions, size, values)

@@ -83,13 +83,10 @@ def application(
     queue = Queue(threads or available_threads())
     queue.kinds = ("application/json",)
     classes = explainer.classes
-    values: dict[int | str, int] = dict(
-        zip(classes, explainer.mask_ids or range(1, len(classes) + 1), strict=True)
-    )
+    values = dict(zip(classes, explainer.mask_ids or range(1, len(classes) + 1), strict=True))
 
     def setup(asked: Any) -> Any:
-        _tags(asked["schema"], classes)
-        return {"model_version": name}
+        return _tags(asked["schema"], classes) and {"model_version": name}
 
     def predict(asked: Any) -> Any:
         tags, names = _tags(asked["label_config"], classes)
@@ -115,26 +112,21 @@ def application(
 
     def webhook(asked: Any) -> Any:
         if asked["action"] in STORED and not asked["annotation"].get("was_cancelled"):
-            image = find(asked["task"])
-            size = upright_size(image, explainer.reading)
-            mask = painted(asked["annotation"]["result"], size, values)
+            image, drawn = find(asked["task"]), asked["annotation"]["result"]
+            mask = painted(drawn, upright_size(image, explainer.reading), values)
             own = image.relative_to(images).with_suffix("").as_posix()
             write_mask(mask_path(corrected, ids.get(image.resolve(), own)), mask)
         return {"status": "ok"}
 
     def answer(work: Callable[[Any], Any]) -> Callable[[Request], Any]:
-        def parsed(data: bytes) -> Any:
-            try:
-                return work(json.loads(data))
-            except (AttributeError, LookupError, SyntaxError, TypeError, ValueError) as error:
-                raise DataError(f"no request of Label Studio: {error!r}; update lpcam") from error
-
         async def respond(request: Request) -> Response:
             try:
-                return JSONResponse(await queue.work(request, parsed))
+                return JSONResponse(await queue.work(request, lambda data: work(json.loads(data))))
             except LpcamError as error:
                 logger.warning("refused: %s", error)  # Label Studio shows the status alone
                 raise
+            except (AttributeError, LookupError, SyntaxError, TypeError, ValueError) as error:
+                raise DataError(f"no request of Label Studio: {error!r}; update lpcam") from error
 
         return respond
 

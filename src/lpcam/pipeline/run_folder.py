@@ -381,13 +381,11 @@ class RunFolder:
         recipe = self.load_recipe()
         classes, threshold = read_dataset(recipe, ("maps",)).classes, self._threshold(recipe, "CAM")
         known = read_json(self.image_scores) if self.image_scores.is_file() else {}
-        ids = known.pop("ids", [])
+        places = {image_id: place for place, image_id in enumerate(known.pop("ids", ()))}
         names = [name for name in ("lpcam_e", "lpcam") if (self / name).is_dir()]
 
-        def judge(
-            entry: MaskEntry, mask: NDArray[np.uint8]
-        ) -> tuple[NDArray[np.float32] | None, Mapping[str, float]]:
-            place = ids.index(entry.id) if entry.id in ids else None
+        def judge(entry: MaskEntry, mask: NDArray[np.uint8]) -> tuple[Any, dict[str, float]]:
+            place = places.get(entry.id)
             scores = {f"miou_{RESULTS[k]}": v[place] for k, v in known.items() if place is not None}
             paths = [map_path(self / name, entry.id) for name in (*names[:1], "cam")]
             if entry.image is None or not all(path.is_file() for path in paths):

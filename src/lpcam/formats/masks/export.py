@@ -136,8 +136,7 @@ def export_masks(
                     continue
                 picture, record = result
                 written.append(picture.entry.id)
-                paths = writer.paths(picture.entry)
-                files.extend(path for path in paths if (output / path).is_file())
+                files.extend(p for p in writer.paths(picture.entry) if (output / p).is_file())
                 counts["annotations"] += len(picture.objects)
                 counts["ignored_pixels"] += int((picture.mask == IGNORE).sum())
                 yield record

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lpcam.data.dataset import ClassTable
 from lpcam.data.images import png_bytes
 from lpcam.data.masks import write_plane
@@ -40,16 +42,11 @@ class _FiftyOne(Format):
             write_plane(paths[1], picture.heat)
 
     def record(self, picture: Picture) -> Any:
-        height, width = picture.size
-        boxes = [
-            {
-                "_cls": "Detection",
-                "label": picture.classes.names[one.label],
-                "bounding_box": [value / side for value, side in zip(*box, strict=True)],
-            }
-            for one in picture.objects
-            for box in [((one.x0, one.y0, one.width, one.height), (width, height) * 2)]
-        ]
+        boxes, sides = [], np.tile(picture.size[::-1], 2)
+        for one in picture.objects:
+            box = np.array([one.x0, one.y0, one.width, one.height]) / sides
+            found = {"label": picture.classes.names[one.label], "bounding_box": box.tolist()}
+            boxes.append({"_cls": "Detection", **found})
         mask, heat = self.paths(picture.entry)
         shown = {"_cls": "Heatmap", "map_path": heat}
         return {
