@@ -104,7 +104,7 @@ def studio(finished: RunFolder, tmp_path_factory: pytest.TempPathFactory) -> Ite
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
     try:
         made = Studio(f"http://127.0.0.1:{port}", data / "images")
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while True:
             try:
                 made.client.get("/health").raise_for_status()
