@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tarfile
 from functools import partial
 from pathlib import Path
@@ -10,16 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny import recipe_values
 
 from lpcam.cli.main import main
 from lpcam.data.dataset import ClassTable
-from lpcam.data.map_files import map_path
+from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.masks import write_mask
 from lpcam.data.voc import CLASSES
 from lpcam.formats.map_folders import read_foreign_maps
 from lpcam.formats.registry import FORMATS, MAP_FORMATS
-from lpcam.pipeline.recipe import parse_recipe
+from lpcam.pipeline.recipe import load_recipe, parse_recipe
 from lpcam.pipeline.run import run
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.segmentation.networks.base import SegmenterSpec
@@ -54,6 +56,32 @@ def test_masks(
     assert told.startswith(f"12 masks, 14 objects, as {format} in {tmp_path}")
     index = json.loads((tmp_path / "exported.json").read_text())
     assert index["made_by"]["masks"] == "seeds" and "--from seeds" in index["made_by"]["command"]
+
+
+def test_fiftyone_has_heat_and_scores(
+    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored_run = RunFolder(shutil.copytree(folder.path, tmp_path / "run"))
+    changes = {"run.folder": str(scored_run.path), "segment": None}
+    run(load_recipe(scored_run.recipe, changes), until="evaluate")
+    told = export(capsys, "fiftyone", scored_run.path, tmp_path / "set", "--from", "seeds")
+    assert "as fiftyone in" in told
+    samples = json.loads((tmp_path / "set/samples.json").read_text())["samples"]
+    scored = json.loads(scored_run.image_scores.read_text())
+    for sample in samples:
+        name = Path(sample["filepath"]).stem
+        assert sample["miou_lpcam"] == scored["LPCAM"][scored["ids"].index(name)]
+        assert 0 <= sample["quality"] <= 1
+        with Image.open(tmp_path / "set" / sample["heat"]["map_path"]) as image:
+            heat = np.array(image) / 255
+        maps = read_maps(map_path(scored_run / "lpcam", name)).high_res
+        assert np.abs(heat - maps.max(axis=0, initial=0)).max() < 0.01
+    assert len({sample["quality"] for sample in samples}) > 3
+    words = ["masks", scored_run.path, tmp_path / "tasks", "--from", "seeds"]
+    export(capsys, *words, "--format", "label-studio")
+    tasks = json.loads((tmp_path / "tasks/tasks.json").read_text())
+    scores = [task["predictions"][0]["score"] for task in tasks]
+    assert scores == [sample["quality"] for sample in samples]
 
 
 @pytest.mark.parametrize("format", MAP_FORMATS)

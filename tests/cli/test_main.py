@@ -73,7 +73,7 @@ def test_the_help_lists_the_commands_in_groups(capsys: pytest.CaptureFixture[str
         "start": "demo init run",
         "look": "experiment status report prototypes explain serve",
         "use": "evaluate predict refine segment",
-        "exchange": "convert data export import",
+        "exchange": "convert data export import label-studio",
         "about": "recipe doctor",
     }
     found = re.findall(r"^(\w+):\n((?:  .*\n)+)", capsys.readouterr().out, re.MULTILINE)

@@ -15,6 +15,7 @@ from lpcam.evaluation.judge import (
     colour_information,
     curves,
     feature_information,
+    quality,
     step_of,
     verdict,
 )
@@ -162,3 +163,17 @@ def test_features_weigh_less_than_colours_between_maps():
     # at the same threshold: the features know nothing where the colours are best
     apart = torch.stack([step(0.2, 0.2), features * (torch.tensor(THRESHOLDS) > 0.3)])
     assert verdict(apart[None]).information == 0.0
+
+
+def test_quality_falls_with_agreement_and_with_what_a_mask_says_of_colours() -> None:
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[16:48, 16:48] = 255
+    right = np.zeros((64, 64), np.uint8)
+    right[16:48, 16:48] = 2
+    half, moved = right.copy(), np.roll(right, 8, axis=1)
+    half[:, :32] = 0
+    assert quality(image, right, right) == pytest.approx(1)
+    assert quality(image, right, half) == pytest.approx(0.5)
+    assert quality(image, moved, moved) < 0.5
+    assert quality(image, right, np.where(right, 1, 0).astype(np.uint8)) == 0  # another class
+    assert quality(image, 0 * right, 255 * (right > 0)) == 1  # ignored pixels are of no class

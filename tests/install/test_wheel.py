@@ -32,7 +32,7 @@ ABSENT = {
     "matplotlib",
     "starlette",
     "uvicorn",
-    "datasets",
+    "sklearn",
     "transformers",
     "pycocotools",
     "pytorch_grad_cam",
@@ -44,7 +44,6 @@ NEEDS = {
     "serve": ["serve", "run", "--port", "0"],
     "onnx": ["export", "onnx", "run", "model.onnx"],
     "openvino": ["run", "boxes/recipe.yaml", "--run.folder", "other", "--run.engine", "openvino"],
-    "huggingface": ["import", "huggingface", "data", "imported"],
     "objects": ["export", "masks", "run", "exported", "--format", "coco", "--instances"],
     "upernet": [
         *("segment", "boxes/recipe.yaml", "boxes/masks", "--run.folder", "other"),
@@ -52,6 +51,7 @@ NEEDS = {
         *("--segment.test.preset", "upernet.paper"),
     ],
     "coco": ["run", "polygons/recipe.yaml", "--run.folder", "other"],
+    "sklearn": ["run", "boxes/recipe.yaml", "--run.folder", "more", "--lpcam.clustering", "kmeans"],
     "distributed": ["run", "boxes/recipe.yaml", "--run.folder", "other"],
     "plot": [],
 }

@@ -1,13 +1,15 @@
-"""Commands that write files for other programs: export, convert."""
+"""Commands for other programs: export, label-studio, convert."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lpcam
 from lpcam.cli.command import (
+    DEVICE,
     RUN,
     THREADS,
     TRAINED_ON,
@@ -28,6 +30,7 @@ segmenters = Lazy("lpcam.segmentation.export")
 networks = Lazy("lpcam.segmentation.networks.registry")
 voc_server = Lazy("lpcam.formats.voc_server")
 released = Lazy("lpcam.pipeline.released")
+backend = Lazy("lpcam.pipeline.label_studio")
 weights = Lazy("lpcam.formats.weights")
 
 OUTPUT = Argument("output", type=Path, help="Folder to write.")
@@ -63,7 +66,7 @@ SIZE = Argument(
         "--image-root",
         default="",
         metavar="PREFIX",
-        help="For label-studio: folder of the images below the folder that it serves.",
+        help="For Label Studio: folder of the images below the folder that it serves.",
     ),
     THREADS,
 )
@@ -71,10 +74,12 @@ def export_masks(
     call: Invocation, run: Path, output: Path, source: str | None, separate: bool, **options: Any
 ) -> int:
     """Write a run's masks in the format of another tool."""
-    masks = lpcam.RunFolder(run).masks(source)
+    folder = lpcam.RunFolder(run)
+    masks = folder.masks(source)
     if separate:
-        evidence = lpcam.RunFolder(run).explainer().discriminative
-        options |= {"instances": True, "evidence": evidence}
+        options |= {"instances": True, "evidence": folder.explainer().discriminative}
+    if folder.recipe.is_file():  # else the masks are those of lpcam predict
+        options["judge"] = folder.judge()
     result = mask_files.export_masks(
         masks.entries,
         masks.classes,
@@ -168,6 +173,28 @@ def export_voc_server(
         raise LpcamError(f"there is no mask in {masks}; bring the run up to date first")
     archive = voc_server.write_voc_server(masks, ids, found.load().classes, output)
     print(f"{len(ids)} masks in {archive}")
+    return 0
+
+
+@command("export fiftyone", RUN, OUTPUT, FROM, THREADS)
+def export_fiftyone(call: Invocation, run: Path, output: Path, source: str | None) -> int:
+    """Write a run's masks, boxes, heat maps and scores for FiftyOne."""
+    return export_masks(call, run, output, source, False, format="fiftyone", instances=True)
+
+
+@command(
+    "label-studio",
+    RUN,
+    Argument("--images", type=Path, help="Folder of the images (default: that of the run's data)."),
+    Argument("--fast", action="store_true", help="Map at scale 1 without the mirror image."),
+    Argument("--port", type=int, default=9090, help="Port on 127.0.0.1; 0 takes a free one."),
+    THREADS,
+    DEVICE,
+)
+def label_studio(call: Invocation, run: Path, **options: Any) -> int:
+    """Serve a run's masks to Label Studio, as its machine-learning backend."""
+    with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C ends it
+        backend.serve(lpcam.RunFolder(run), threads=call.given_threads, **options)
     return 0
 
 

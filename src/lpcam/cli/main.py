@@ -89,7 +89,7 @@ class _Parser(argparse.ArgumentParser):
         lines = [self.format_usage(), DESCRIPTION, ""]
         for group in GROUPS:
             lines.append(f"{group}:")
-            lines += [f"  {name:<12}{text}" for own, name, text in shown if own == group]
+            lines += [f"  {name:<13}{text}" for own, name, text in shown if own == group]
             lines.append("")
         lines.append("lpcam COMMAND --help shows the arguments of a command.")
         return "\n".join(lines) + "\n"

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from lpcam.data.coco.dataset import open_annotated
 from lpcam.data.coco.files import ALL, find_image, listing_of, name_parts
 from lpcam.data.coco.index import CocoAnnotation, CocoFile, parse_json
-from lpcam.data.coco.painting import fill
+from lpcam.data.coco.painting import fill, paint
 from lpcam.data.dataset import Skip
-from lpcam.data.image_files import list_images
+from lpcam.data.image_files import FolderFiles, list_images
 from lpcam.data.images import IMAGE_SUFFIXES, load_values
 from lpcam.data.labels import normal_name
 from lpcam.data.reader import Opened, Reader, Request
@@ -169,25 +169,53 @@ def _find(
     return found.pop()
 
 
+def image_finder(folder: Path) -> tuple[Callable[[Mapping[str, Any]], Path], FolderFiles]:
+    """A function that finds the image of a task below a folder, and the files of the folder.
+
+    It opens nothing, whatever a task names; DataError if there is no such image, or several.
+    """
+    files = list_images(folder)
+    inside = {p for _, file in files.images for p in file.relative_to(folder).parents}
+    places = [folder / one for one in sorted(inside)]
+
+    @cache
+    def listing(place: Path) -> dict[str, str]:
+        return {_plain(name): stored for name, stored in listing_of(place).items()}
+
+    return lambda task: _find(task, places, listing), files
+
+
+def given_names(results: Sequence[Any]) -> set[str]:
+    """The labels of an annotation, of regions and of the image."""
+    return {one.name for one in _results(results, "", defaultdict(list))[0]}
+
+
+def painted(
+    results: Sequence[Any], size: tuple[int, int], values: Mapping[Any, int]
+) -> NDArray[np.uint8]:
+    """The mask (H, W) of an annotation; DataError if a label has no outline, or no value."""
+    found, _ = _results(results, "", defaultdict(list))
+    if others := {one.name for one in found if one.shape is None or one.name not in values}:
+        raise DataError(
+            f"{', '.join(sorted(others))}: no outline, or no class of the run; draw each object "
+            f"with a brush or a polygon that has one of the labels {', '.join(values)}"
+        )
+    regions = [CocoAnnotation(0, 0, one.name, False, None, one.shape) for one in found]
+    return paint(regions, size, values)
+
+
 def _by_image(
     path: Path, tasks: Sequence[dict[str, Any]], skipped: list[Skip], notes: dict[str, list[str]]
 ) -> dict[Path, list[_Found]]:
     """What each annotation of an image says; tasks without one or without an image are skipped."""
-    files = list_images(path.parent)
+    find, files = image_finder(path.parent)
     skipped += files.unread
-    inside = {p for _, file in files.images for p in file.relative_to(path.parent).parents}
-    places = [path.parent / folder for folder in sorted(inside)]
-
-    @cache
-    def listing(folder: Path) -> dict[str, str]:
-        return {_plain(name): stored for name, stored in listing_of(folder).items()}
-
     options = defaultdict[Path, list[_Found]](list)
     predicted = not any(task.get("annotations") or task.get("completions") for task in tasks)
     for number, task in enumerate(tasks, start=1):
         name = f"task {task.get('id', number)}"
         try:
-            image, given = _find(task, places, listing), _annotations(task, predicted)
+            image, given = find(task), _annotations(task, predicted)
             options[image] += [_results(one, name, notes) for one in given]
         except DataError as error:
             skipped.append(Skip(name, str(error)))

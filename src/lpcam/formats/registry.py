@@ -19,7 +19,9 @@ FORMATS: Registry[Format] = Registry(
         "coco-polygons": "lpcam.formats.masks.coco:COCO_POLYGONS",
         "yolo": "lpcam.formats.masks.yolo:YOLO",
         "label-studio": "lpcam.formats.masks.label_studio:LABEL_STUDIO",
+        "label-studio-polygons": "lpcam.formats.masks.label_studio:LABEL_STUDIO_POLYGONS",
         "cvat": "lpcam.formats.masks.cvat:CVAT",
+        "fiftyone": "lpcam.formats.masks.fiftyone:FIFTYONE",
         "overlays": "lpcam.formats.masks.overlays:OVERLAYS",
     },
 )

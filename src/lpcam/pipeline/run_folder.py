@@ -9,18 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
 from lpcam.classifiers.classifier import Classifier
 from lpcam.classifiers.engines import Precision, accelerated, choose_engine, file_name
 from lpcam.data.dataset import ClassTable, Dataset, Skip
-from lpcam.data.images import IMAGE_SUFFIXES, Reading
-from lpcam.data.map_files import map_path
+from lpcam.data.images import IMAGE_SUFFIXES, Reading, read_image
+from lpcam.data.map_files import map_path, read_maps
 from lpcam.data.reader import ListName
+from lpcam.evaluation.judge import quality
 from lpcam.explain.explainer import Explainer
 from lpcam.formats.masks.base import MaskEntry
+from lpcam.formats.masks.export import Judge
 from lpcam.formats.models.lpcam_model import LPCAMModel
 from lpcam.method.choices import Choice, format_choices
 from lpcam.method.early import EarlyPrototypes
 from lpcam.method.prototypes import Prototypes
+from lpcam.method.seeds import seeds, to_mask
 from lpcam.method.settings import Method
 from lpcam.pipeline.datasets import read_dataset
 from lpcam.pipeline.recipe import Recipe, load_recipe
@@ -113,6 +120,7 @@ class RunFolder:
         self.classifier = self.path / "classifier/classifier.safetensors"
         self.engine = self.path / "engine"  #: Networks as an engine runs them.
         self.engine_record = self.engine / "engine.json"  #: Which engine runs them, and why.
+        self.corrected = self.path / "label-studio"  #: True masks that people drew there.
         self.choices = self.path / "prototypes.yaml"  #: A person's choices about prototypes.
         self.early = self.path / "early/early.safetensors"  #: Prototypes of early layers.
 
@@ -364,6 +372,31 @@ class RunFolder:
         present, missing = (tuple(one for one in there if there[one] is x) for x in (True, False))
         made_by = {"run": recipe.name, "maps": chosen}
         return Maps(chosen, folder, present, missing, dataset.classes, made_by)
+
+    def judge(self) -> Judge:
+        """What the run has about a mask of its list: heat map, ``quality`` and ``miou_METHOD``.
+
+        The quality (:func:`lpcam.evaluation.judge.quality`) compares with the mask of CAM, mIoU
+        with the truth.
+        """
+        recipe = self.load_recipe()
+        classes, threshold = read_dataset(recipe, ("maps",)).classes, self._threshold(recipe, "CAM")
+        known = read_json(self.image_scores) if self.image_scores.is_file() else {}
+        places = {image_id: place for place, image_id in enumerate(known.pop("ids", ()))}
+        names = [name for name in ("lpcam_e", "lpcam") if (self / name).is_dir()]
+
+        def judge(entry: MaskEntry, mask: NDArray[np.uint8]) -> tuple[Any, dict[str, float]]:
+            place = places.get(entry.id)
+            scores = {f"miou_{RESULTS[k]}": v[place] for k, v in known.items() if place is not None}
+            paths = [map_path(self / name, entry.id) for name in (*names[:1], "cam")]
+            if entry.image is None or not all(path.is_file() for path in paths):
+                return None, scores
+            cam = read_maps(paths[-1])
+            other = to_mask(seeds(torch.from_numpy(cam.high_res), threshold), cam.keys, classes)
+            scores["quality"] = quality(read_image(entry.image, entry.reading), mask, other)
+            return read_maps(paths[0]).high_res.max(axis=0, initial=0), scores
+
+        return judge
 
     def _chosen(self, name: str | None, what: str, patterns: tuple[str, ...], suffix: str) -> str:
         """The named result, or the first that there is; of several, LPCAM's."""

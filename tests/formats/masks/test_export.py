@@ -18,6 +18,7 @@ from PIL import Image
 from lpcam.data.dataset import ClassTable, Skip
 from lpcam.data.drawing import overlay_mask
 from lpcam.data.images import read_image
+from lpcam.data.label_studio import painted
 from lpcam.data.masks import read_index_mask, voc_palette, write_mask
 from lpcam.data.voc import CLASSES, read_voc
 from lpcam.formats.masks import export
@@ -176,13 +177,48 @@ def read_cvat(output: Path, table: ClassTable, entries: Sequence[MaskEntry]) -> 
     return found
 
 
+def read_label_studio_polygons(
+    output: Path, table: ClassTable, entries: Sequence[MaskEntry]
+) -> Masks:
+    values = dict(zip(table.names, table.mask_ids, strict=True))
+    found = {}
+    for entry, task in zip(entries, json.loads((output / "tasks.json").read_text()), strict=True):
+        size = read_index_mask(entry.mask).shape
+        found[entry.id] = painted(task["predictions"][0]["result"], size, values)
+    return found
+
+
+def read_fiftyone(output: Path, table: ClassTable, entries: Sequence[MaskEntry]) -> Masks:
+    info = json.loads((output / "metadata.json").read_text())["info"]
+    targets = dict(zip(map(str, table.mask_ids), table.names, strict=True))
+    assert info["default_mask_targets"] == targets
+    found = {}
+    samples = json.loads((output / "samples.json").read_text("utf-8"))["samples"]
+    for entry, sample in zip(entries, samples, strict=True):
+        assert Path(sample["filepath"]) == entry.image and sample["heat"] is None
+        with Image.open(output / sample["masks"]["mask_path"]) as image:
+            assert image.mode == "L"
+            mask = np.where(np.array(image) == 255, 0, np.array(image))
+        outside = np.ones(mask.shape, dtype=bool)
+        for one in sample["objects"]["detections"]:
+            x, y, width, height = np.multiply(one["bounding_box"], mask.shape[::-1] * 2)
+            place = np.s_[round(y) : round(y + height), round(x) : round(x + width)]
+            assert (mask[place] == table.mask_ids[table.index(one["label"])]).any()
+            outside[place] = False
+        assert not mask[outside].any()
+        found[entry.id] = mask
+    return found
+
+
 READERS: dict[str, Callable[[Path, ClassTable, Sequence[MaskEntry]], Masks]] = {
     "voc": read_voc_masks,
     "coco": read_coco,
     "coco-polygons": read_coco,
     "yolo": read_yolo,
     "label-studio": read_label_studio,
+    "label-studio-polygons": read_label_studio_polygons,
     "cvat": read_cvat,
+    "fiftyone": read_fiftyone,
 }
 
 
@@ -311,7 +347,10 @@ def test_label_studio_images_may_lie_below_the_served_folder(
     for wrong in ("/home/me/images", "../images", "/"):
         with pytest.raises(DataError, match="the image root"):
             address(wrong)
-    with pytest.raises(DataError, match="the image root belongs to label-studio, not to cvat"):
+    with pytest.raises(
+        DataError,
+        match="the image root belongs to label-studio, label-studio-polygons, not to cvat",
+    ):
         export_masks(entries, TABLE, tmp_path / "out", "cvat", image_root="images")
     assert not (tmp_path / "out").exists()
 

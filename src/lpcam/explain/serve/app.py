@@ -12,6 +12,7 @@ import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -37,6 +38,7 @@ from lpcam.runtime.resources import available_threads
 if TYPE_CHECKING:
     from starlette.requests import Request
     from starlette.responses import Response
+    from starlette.routing import BaseRoute
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 T = TypeVar("T")
@@ -56,7 +58,7 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "cache-control": "no-store",
 }
-_NEEDED = "serve needs starlette and uvicorn"
+NEEDED = "serve needs starlette and uvicorn"
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,21 @@ def serve(
 
     LpcamError if the port is taken. Without ``threads``, all that this process may use are used.
     """
-    uvicorn = import_extra("uvicorn", "serve", _NEEDED)
     name = str(explainer.made_by.get("run", "a model"))
+    app = partial(application, explainer, name=name, threads=threads, patch=patch)
+    serve_application(app, port, f"LPCAM of {name}")
+
+
+def serve_application(application: Callable[..., ASGIApp], port: int, name: str) -> None:
+    """Serve the application for a ``port`` of this machine until interrupted."""
+    uvicorn = import_extra("uvicorn", "serve", NEEDED)
     with _listen(port) as listener:
         port = listener.getsockname()[1]
-        app = application(explainer, name=name, port=port, threads=threads, patch=patch)
         quiet: dict[str, Any] = {"access_log": False, "server_header": False}
-        config = uvicorn.Config(app, log_level="warning", lifespan="off", ws="none", **quiet)
-        print(f"LPCAM of {name} on http://{ADDRESS}:{port}/ (stop with Ctrl+C)", flush=True)
+        config = uvicorn.Config(
+            application(port=port), log_level="warning", lifespan="off", ws="none", **quiet
+        )
+        print(f"{name} on http://{ADDRESS}:{port}/ (stop with Ctrl+C)", flush=True)
         uvicorn.Server(config).run(sockets=[listener])
 
 
@@ -138,12 +147,11 @@ def application(
     ``origins`` are addresses besides this machine's under which a proxy shows the page, such as
     ``https://demo.example``; ``framed_by`` are those of pages that may show it in a frame.
     """
-    import_extra("starlette", "serve", _NEEDED)
-    from starlette.applications import Starlette  # noqa: PLC0415 - an extra
-    from starlette.responses import JSONResponse, Response  # noqa: PLC0415
+    import_extra("starlette", "serve", NEEDED)
+    from starlette.responses import JSONResponse, Response  # noqa: PLC0415 - an extra
     from starlette.routing import Route  # noqa: PLC0415
 
-    queue = _Queue(threads or available_threads(), limits)
+    queue = Queue(threads or available_threads(), limits)
     explainers = {"fast": explainer.fast(), "full": explainer}
     about = {
         "name": name,
@@ -185,6 +193,33 @@ def application(
 
         return Response(await queue.work(request, work), media_type="image/png")
 
+    async def prototypes(_request: Request) -> Response:
+        return JSONResponse(_cards(explainer.prototypes, patch))
+
+    page = page_environment().get_template("serve.html.jinja").render()
+    script = page_file("shared.js") + page_file("serve.js")
+    routes = [
+        Route("/", static(page, "text/html")),
+        Route("/page.css", static(page_file("page.css"), "text/css")),
+        Route("/page.js", static(script, "text/javascript")),
+        Route("/about", static(json.dumps(about), "application/json")),
+        Route("/prototypes", prototypes),
+        Route("/maps", maps, methods=["POST"]),
+        Route("/mask", mask, methods=["POST"]),
+    ]
+    return closed_application(routes, port, origins, framed_by)
+
+
+def closed_application(
+    routes: Sequence[BaseRoute],
+    port: int,
+    origins: Sequence[str] = (),
+    framed_by: Sequence[str] = (),
+) -> ASGIApp:
+    """An application that answers this machine's programs and its own page, and tells errors."""
+    from starlette.applications import Starlette  # noqa: PLC0415 - an extra
+    from starlette.responses import JSONResponse  # noqa: PLC0415
+
     async def refuse(_request: Request, error: Exception) -> Response:
         if not isinstance(error, LpcamError):
             return JSONResponse({"error": "the server failed; see its terminal"}, 500)
@@ -192,23 +227,7 @@ def application(
         retry = {"retry-after": "3"} if status == 503 else {}
         return JSONResponse({"error": str(error)}, status, headers=retry)
 
-    async def prototypes(_request: Request) -> Response:
-        return JSONResponse(_cards(explainer.prototypes, patch))
-
-    page = page_environment().get_template("serve.html.jinja").render()
-    script = page_file("shared.js") + page_file("serve.js")
-    app = Starlette(
-        routes=[
-            Route("/", static(page, "text/html")),
-            Route("/page.css", static(page_file("page.css"), "text/css")),
-            Route("/page.js", static(script, "text/javascript")),
-            Route("/about", static(json.dumps(about), "application/json")),
-            Route("/prototypes", prototypes),
-            Route("/maps", maps, methods=["POST"]),
-            Route("/mask", mask, methods=["POST"]),
-        ],
-        exception_handlers={LpcamError: refuse, Exception: refuse},
-    )
+    app = Starlette(routes=routes, exception_handlers={LpcamError: refuse, Exception: refuse})
     return _only_own_page(app, port, origins, " ".join(framed_by) or "'none'")
 
 
@@ -251,8 +270,11 @@ def _only_own_page(app: ASGIApp, port: int, origins: Sequence[str], framed_by: s
     return answer
 
 
-class _Queue:
-    """Processes uploads one at a time; rejects them when too many wait."""
+class Queue:
+    """Processes uploads one at a time; rejects them when too many wait, or of other types."""
+
+    # Forms of other sites cannot send these types without asking first.
+    kinds: tuple[str, ...] = ("image/", "application/octet-stream")
 
     def __init__(self, threads: int, limits: Limits) -> None:
         self.threads, self.limits = threads, limits
@@ -263,10 +285,10 @@ class _Queue:
         """The result of ``work`` on the body of a request, computed in a thread."""
         from starlette.concurrency import run_in_threadpool  # noqa: PLC0415 - an extra
 
-        # Forms of other sites cannot send these types without asking first.
         kind = request.headers.get("content-type", "").split(";")[0].strip().lower()
-        if not kind.startswith("image/") and kind != "application/octet-stream":
-            raise RefusedError(415, f"the upload has the type {kind or 'none'}, not an image")
+        if not kind.startswith(self.kinds):
+            expected = " or ".join(self.kinds)
+            raise RefusedError(415, f"the upload has the type {kind or 'none'}; send {expected}")
         if self.waiting >= self.limits.waiting:
             raise RefusedError(503, "too many photographs are waiting; try again in a moment")
         self.waiting += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -130,6 +130,8 @@ class Picture:
     mask: NDArray[np.uint8]
     objects: Sequence[Region]
     classes: ClassTable
+    heat: NDArray[np.float32] | None = None  #: (H, W) in [0, 1]: the largest class map.
+    scores: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -145,7 +147,9 @@ class Format:
 
     refers_to_images: bool = False  #: Images stay where they are and are named by their data set.
     has_image_root: bool = False  #: A path can be put before the name of each image.
+    holds_scores: bool = False  #: It has the scores of a mask, or its heat map.
     document_name: str | None = None  #: Path of the document, None for a format without one.
+    frame: tuple[bytes, bytes] = b"[", b"]"  #: Of a document in JSON whose records are a list.
     ignored: str = "of no object: the format has no such pixels, its readers take background"
     """Treatment of ignored pixels (255), for the summary."""
 
@@ -165,7 +169,9 @@ class Format:
 
     def document(self, records: Iterable[Any], classes: ClassTable) -> Iterator[bytes]:
         """Parts of the document, so that it is never whole in memory."""
-        yield from ()
+        for number, one in enumerate(records):
+            yield (b",\n" if number else self.frame[0] + b"\n") + compact_json(one)
+        yield b"\n" + self.frame[1] + b"\n"
 
     def beside(self, classes: ClassTable, ids: Sequence[str]) -> Mapping[str, bytes]:
         """Contents of the files of the whole data set, by path; ``ids`` are the images written."""

@@ -8,6 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from lpcam.data.dataset import IGNORE, ClassTable, Skip, check_unique, safe_id
 from lpcam.data.images import upright_size
 from lpcam.data.masks import read_index_mask
@@ -22,6 +25,10 @@ from lpcam.runtime.progress import progress
 
 INDEX = "exported.json"
 _KIND = "lpcam export masks"
+Judge = Callable[
+    [MaskEntry, NDArray[np.uint8]], tuple[NDArray[np.float32] | None, Mapping[str, float]]
+]
+"""Heat map and scores of a mask."""
 
 
 class ExportedMasks(NamedTuple):
@@ -58,6 +65,7 @@ def export_masks(
     instances: bool = False,
     evidence: Callable[..., Plane] | None = None,
     image_root: str = "",
+    judge: Judge | None = None,
     workers: int = 1,
     made_by: Mapping[str, Any] | None = None,
 ) -> ExportedMasks:
@@ -67,12 +75,13 @@ def export_masks(
     other file. With ``instances`` an object is a connected component of a class, or with
     ``evidence`` (``Explainer.discriminative``) one of the objects that it separates, which needs
     the images; ``image_root`` is the images' folder below the folder that Label Studio serves.
+    ``judge`` (``RunFolder.judge()``) gives heat maps and scores to the formats that hold them.
     """
     writer = FORMATS[format]
+    known = judge if judge and writer.holds_scores else lambda *_: (None, {})
     if writer.refers_to_images:
         entries = _without_shared_images(entries)
-    masks = [entry for entry in entries if isinstance(entry, MaskEntry)]
-    _check_entries(masks, writer)
+    masks = _checked(entries, writer)
     prefix = _image_prefix(image_root, format)
     files = [*writer.beside(classes, ()), *filter(None, [writer.document_name])]
     planned = {*files, *(path for entry in masks for path in writer.paths(entry))}
@@ -106,7 +115,9 @@ def export_masks(
                 instances=instances,
                 evidence=evidence and partial(evidence, entry.image),
             )
-            picture = Picture(entry, prefix + entry.name, mask, objects, classes)
+            picture = Picture(
+                entry, prefix + entry.name, mask, objects, classes, *known(entry, mask)
+            )
             writer.write(picture, [output / path for path in writer.paths(entry)])
         except DataError as error:
             return Skip(entry.id, str(error))
@@ -125,7 +136,7 @@ def export_masks(
                     continue
                 picture, record = result
                 written.append(picture.entry.id)
-                files.extend(writer.paths(picture.entry))
+                files.extend(p for p in writer.paths(picture.entry) if (output / p).is_file())
                 counts["annotations"] += len(picture.objects)
                 counts["ignored_pixels"] += int((picture.mask == IGNORE).sum())
                 yield record
@@ -140,9 +151,9 @@ def export_masks(
         write_bytes(output / name, contents)
     for stale in (before | planned) - set(files):
         (output / stale).unlink(missing_ok=True)
-    skipped = [{"image": skip.id, "reason": skip.reason} for skip in left_out]
-    found = {"images": len(written), **counts, "left_out": skipped, "files": sorted(files)}
-    write_json(output / INDEX, {**index, **found})
+    index |= {"images": len(written), **counts, "files": sorted(files)}
+    index["left_out"] = [{"image": skip.id, "reason": skip.reason} for skip in left_out]
+    write_json(output / INDEX, index)
     return ExportedMasks(
         output,
         format,
@@ -155,13 +166,15 @@ def export_masks(
     )
 
 
-def _check_entries(masks: Sequence[MaskEntry], writer: Format) -> None:
+def _checked(entries: Sequence[MaskEntry | Skip], writer: Format) -> list[MaskEntry]:
+    masks = [entry for entry in entries if isinstance(entry, MaskEntry)]
     if not masks:
         raise DataError("there is no mask to export; give at least one")
     check_unique([safe_id(entry.id) for entry in masks], "what is to be exported")
     ids = frozenset(entry.id for entry in masks)
     for entry in masks:
         writer.check(entry, ids)
+    return masks
 
 
 def _without_shared_images(entries: Sequence[MaskEntry | Skip]) -> list[MaskEntry | Skip]:
