@@ -32,3 +32,7 @@ class Shared:
             self._stores.clear()
             self._stores[key] = make()
         return self._stores[key]
+
+    def forget(self) -> None:
+        """Give the memory of the features back."""
+        self._stores.clear()

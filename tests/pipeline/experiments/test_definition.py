@@ -73,6 +73,7 @@ def test_the_recipe_and_values_of_a_call_replace_those_of_the_size(tmp_path: Pat
         ({"arms": [{"name": "x", "colour": "red"}]}, "colour"),
         ({"plots": [{"kind": "sweep", "title": "t", "x": "lpcam.tau"}]}, "lpcam.tau"),
         ({"sizes": {"huge": {}}}, "huge"),
+        ({"arms": [{"name": "x", "drop": {"arm": "y", "by": "size", "share": 0.5}}]}, "'y'"),
     ],
 )
 def test_refuses_what_is_no_experiment(

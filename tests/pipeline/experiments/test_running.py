@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny import digests, draw_folder, recipe_values, times, write_weights
 
 from lpcam.pipeline.experiments.pictures import PICTURES
@@ -95,6 +98,27 @@ def test_an_unchanged_call_does_nothing(
     )
     assert again == results
     assert times(folder / "runs") == before
+
+
+def test_new_labels_and_weights_make_runs_again(recipe: Path, tmp_path: Path) -> None:
+    values = yaml.safe_load(recipe.read_text())
+    root, weights = tmp_path / "d", tmp_path / "w.safetensors"
+    shutil.copytree(values["data"]["root"], root)
+    shutil.copy(values["classifier"]["weights"], weights)
+    changes = {"data.root": str(root), "classifier.weights": str(weights)}
+    how: dict[str, Any] = {"recipe": str(recipe), "changes": changes}
+    one = {"sizes": {"tiny": {}}, "arms": [{"name": "a"}], "sweeps": [], "plots": []}
+    source = definition(tmp_path / "own.yaml", **one)
+    rows = [run_experiment(source, "tiny", tmp_path / "e", **how)["rows"]]
+    labels = (root / "labels.csv").read_text()
+    (root / "labels.csv").write_text(labels.replace("i05.png,red", "i05.png,blue"))
+    rows.append(run_experiment(source, "tiny", tmp_path / "e", **how)["rows"])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        state = {k: torch.rand_like(v.float()) for k, v in load_file(weights).items()}
+    save_file(state, weights)
+    rows.append(run_experiment(source, "tiny", tmp_path / "e", **how)["rows"])
+    assert rows[0] != rows[1] != rows[2]
 
 
 def test_a_failed_arm_does_not_lose_the_others_and_is_tried_again(

@@ -124,6 +124,13 @@ class Experiment(Section):
     def _check(self) -> Experiment:
         if not self.arms and not self.sweeps:
             raise ValueError("has neither arms nor sweeps; give at least one")
+        whole = {arm.name for arm in self.arms if arm.drop is None}
+        for arm in self.arms:
+            if arm.drop is not None and arm.drop.arm not in whole:
+                raise ValueError(
+                    f"the arm {arm.name!r} drops prototypes of {arm.drop.arm!r}; name one of "
+                    f"{', '.join(sorted(whole))}"
+                )
         swept = {key for grid in self.sweeps for key in grid}
         for plot in self.plots:
             if plot.kind == "sweep" and plot.x not in swept:

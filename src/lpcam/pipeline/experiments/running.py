@@ -6,13 +6,12 @@ import gc
 import logging
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lpcam.data.dataset import Dataset
 from lpcam.method.choices import format_choices
 from lpcam.method.prototypes import Prototypes, worst
 from lpcam.pipeline.cache import locked
@@ -103,6 +102,7 @@ def run_all(
                 write_json(folder.state, state)
         if state != known:
             write_json(folder.state, state)
+    _SHARED.forget()
     return state
 
 
@@ -124,27 +124,37 @@ def _claim(folder: ExperimentFolder, name: str, size: SizeName) -> None:
 
 
 def _stamps(planned: Sequence[PlannedRun]) -> dict[Path, str]:
-    """Digest of what each run reads: names, times and sizes of its files, and its labels."""
-    found: dict[str, str] = {}
+    """Digest of what each run reads: its labels, and times and sizes of all its files."""
+    found: dict[str, list[Any]] = {}
     stamps = {}
     for one in planned:
         lists = (*LISTS, *(SEGMENT_LISTS if one.recipe.segment is not None else ()))
         key = one.recipe.data.model_dump_json(by_alias=True) + str(lists)
         if key not in found:
-            found[key] = _stamp(read_dataset(one.recipe, lists))
-        stamps[one.folder] = found[key]
+            dataset = read_dataset(one.recipe, lists)
+            rows = [[*map(_state, (i.image, i.mask)), *i.labels] for i in dataset.items.values()]
+            found[key] = [rows, {name: list(ids) for name, ids in dataset.lists.items()}]
+        named = [_state(Path(text)) for text in _texts(one.recipe.model_dump(mode="json"))]
+        stamps[one.folder] = digest_json([found[key], named])
     return stamps
 
 
-def _stamp(dataset: Dataset) -> str:
-    def of(path: Path | None) -> list[Any]:
-        try:
-            return [] if path is None else [str(path), path.stat().st_mtime_ns, path.stat().st_size]
-        except OSError:  # the run says what is missing
-            return [str(path)]
+def _state(path: Path | None) -> list[Any]:
+    """Name, time and size of a file; nothing of a folder, or where there is none."""
+    if path is None or not path.is_file():
+        return []
+    state = path.stat()
+    return [str(path), state.st_mtime_ns, state.st_size]
 
-    rows = [[*of(i.image), *of(i.mask), *i.labels] for i in dataset.items.values()]
-    return digest_json([rows, {k: list(v) for k, v in dataset.lists.items()}])
+
+def _texts(values: Any) -> Iterator[str]:
+    """All texts in nested values, which may be the paths of weights."""
+    inner = values.values() if isinstance(values, Mapping) else values
+    if isinstance(values, str):
+        yield values
+    elif isinstance(inner, Iterable):
+        for one in inner:
+            yield from _texts(one)
 
 
 def _with_choices(
