@@ -422,11 +422,8 @@ class Linear:
         if own not in (shape, (*shape, 1, 1)):
             return None
         linear = cls(call.module, None, call.name)
-        return (
-            (linear, before, after)
-            if record.same(_apply_rows(linear.rows(), before), after)
-            else None
-        )
+        same = record.same(_apply_rows(linear.rows(), before), after)
+        return (linear, before, after) if same else None
 
     def rows(self) -> Rows:
         """Current weight (N, C) and bias (N,), detached, float32 or float64."""

@@ -283,12 +283,7 @@ class _AmnHost(hosts.Host[AmnSettings, Amn]):
                     (r"label_enc\.", "conditioning."),
                     (r"classifier\.1\.", "head."),
                 ],
-                lambda names: self.build(
-                    RELEASED_RESNET50,
-                    names,
-                    AmnSettings.from_preset("official"),
-                    weights=models.RANDOM,
-                ),
+                self.official(RELEASED_RESNET50),
                 classes=lambda state: state["label_enc.weight"].shape[1],
                 left_out=RESNET50_COPIES,
                 ours=("classifier.head.",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Generic, Literal, Self, TypeVar, Unpack, cast
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from lpcam.classifiers.classifier import BackboneSpec, Classifier, Preprocessing
+from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Classifier, Preprocessing
 from lpcam.classifiers.features import all_finite
 from lpcam.classifiers.settings import BackboneSection
 from lpcam.data.dataset import ClassTable, Item
@@ -193,6 +193,11 @@ class Host(ABC, Generic[S, N]):
     def released(self) -> Sequence[Released]:
         """The files of released programs that hold this network."""
         return ()
+
+    def official(self, backbone: BackboneSpec, **changes: Any) -> Callable[[Sequence[str]], N]:
+        """A function from class names to the official preset's network with random weights."""
+        settings = self.settings.from_preset("official", **changes)
+        return lambda names: self.build(backbone, names, settings, weights=RANDOM)
 
     @abstractmethod
     def images_per_step(self, network: N, data: HostData, settings: S) -> tuple[int, str]:

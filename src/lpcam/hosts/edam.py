@@ -361,12 +361,7 @@ class _EdamHost(hosts.Host[EdamSettings, Edam]):
                     (r"fc_list\.(\d+)\.", r"logits.\1."),
                     *((rf"trans_list\.(\d+)\.0\.{n}", rf"encoders.\1.{o}") for n, o in RELEASED),
                 ],
-                lambda names: self.build(
-                    models.BackboneSpec("wideresnet38", {}),
-                    names,
-                    EdamSettings.from_preset("official"),
-                    weights=models.RANDOM,
-                ),
+                self.official(models.BackboneSpec("wideresnet38", {})),
                 classes=lambda state: len(state["mask_layer.weight"]) - 1,
                 left_out=r"embedding\.position\.",
                 adapt=_adapted,

@@ -28,7 +28,7 @@ from PIL import Image
 from timm.data.transforms_factory import create_transform
 from torch import Tensor, nn
 
-from lpcam.classifiers.classifier import RANDOM, BackboneSpec, Preprocessing
+from lpcam.classifiers.classifier import BackboneSpec, Preprocessing
 from lpcam.classifiers.finetuning import validation_map
 from lpcam.classifiers.probe import multi_hot
 from lpcam.data.dataset import Item
@@ -227,15 +227,12 @@ class _MctformerHost(Host[MctformerSettings, Mctformer]):
         """The files of V1, whose linear head is unused, and of V2."""
 
         def made(version: str, dimensions: int) -> Released:
-            settings = MctformerSettings.from_preset("official", version=version)
             return Released(
                 f"MCTformer {version.upper()}'s network",
                 "host",
                 ("cls_token", "pos_embed", "blocks.11.attn.qkv.weight", "head.weight"),
                 [],
-                lambda names: self.build(
-                    BackboneSpec("deit_small_patch16_224", {}), names, settings, weights=RANDOM
-                ),
+                self.official(BackboneSpec("deit_small_patch16_224", {}), version=version),
                 classes=lambda state: state["cls_token"].shape[1],
                 dimensions={"head.weight": dimensions},
                 left_out=r"head\." if version == "v1" else None,

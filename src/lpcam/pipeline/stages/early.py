@@ -154,11 +154,8 @@ def _map_task(context: Context) -> Task:
             if item.labels:
                 stored = read_maps(map_path(context.folder / RESULTS[found.base], item.id))
                 base = torch.from_numpy(stored.high_res).float().to(context.device)
-                pairs = [
-                    image_of(pair)
-                    for pair in (store.early([item]) if found.fusion != "none" else ())
-                ]
-                high_res = found.maps(base, pairs, item.labels)
+                pairs = store.early([item]) if found.fusion != "none" else ()
+                high_res = found.maps(base, [image_of(pair) for pair in pairs], item.labels)
                 maps = FusedMaps(resize(high_res, quarter_size(base.shape[-2:])), high_res)
             write_fused(context, result, item, maps)
 

@@ -185,7 +185,7 @@ def _segmenter_row(
         "split": context.recipe.data.list_of("test"),
         "segmenter": {
             **segment.protocol(context),
-            "images": context.results[f"segment/{masks.name}"].output["images"],
+            "images": context.results[f"segment/{masks.name}"].output.get("images", 0),
             "mask_threshold": masks.threshold,
         },
         "crf": required(context.recipe.segment).test.crf if crf else False,

@@ -159,7 +159,7 @@ def _segmenters(context: Context, metrics: Record) -> SegmenterResults | None:
         TrainedSegmenter(
             masks.name,
             masks.title,
-            context.results[f"segment/{masks.name}"].output["images"],
+            context.results[f"segment/{masks.name}"].output.get("images", 0),
             folder,
         )
         for masks, folder in found.values()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +143,8 @@ def train_segmenters(context: Context) -> Iterator[Task]:
 def _given_task(context: Context, section: SegmentSection, masks: TrainingMasks) -> Task:
     """A task that takes a trained segmenter from its file."""
     path, trained = context.folder.segmenter(masks.name), required(section.trained)
-
-    def work(segmenter: Segmenter, result: Result) -> Output | None:
-        segmenter.take(trained)
-        if not context.processes.first:
-            return None
-        segmenter.save(path, {"stage": result.key, "versions": versions()})
-        return {"history": [], "images": 0, "digest": digest_file(path)}
-
-    parts = {"revision": 1, "trained": masks.key, **_network(context, section)}
-    return context.task(f"segment/{masks.name}", parts, [path], work, lambda: _build(context))
+    network, build = _network(context, section), partial(_build, context)
+    return context.given_task(f"segment/{masks.name}", network, path, build, trained)
 
 
 def _network(context: Context, section: SegmentSection) -> Record:
