@@ -199,7 +199,7 @@ def test_a_stopped_training_goes_on(
 
     def stop(*arguments: Any) -> None:
         save(*arguments)
-        if arguments[4] == 3:
+        if arguments[3] == 3:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(engine, "_save", stop)

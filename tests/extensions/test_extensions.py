@@ -164,7 +164,7 @@ def done(folder: Path, pictures: Path, weights: Path) -> dict[str, Done]:
 @pytest.mark.parametrize(
     ("kind", "known"),
     [
-        ("clustering", "cosine_kmeans, farthest"),
+        ("clustering", "spherical_mixture, farthest"),
         ("format", "overlays, areas"),
         ("host", "edam, colours"),
         ("refinement", "none, toy"),

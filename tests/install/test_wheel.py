@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
+from PIL import Image
 from tiny import draw_folder, write_weights
 
 pytest.importorskip("build", reason="building distributions needs the package build")
@@ -144,7 +145,8 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_weights(folder / "tiny.safetensors")
     polygons = folder / "polygons"
     shutil.copytree(folder / "boxes/images", polygons / "images")
-    image = {"id": 1, "file_name": "i00.png", "width": 64, "height": 64}
+    width, height = Image.open(polygons / "images/i00.png").size
+    image = {"id": 1, "file_name": "i00.png", "width": width, "height": height}
     outline = {"id": 1, "image_id": 1, "category_id": 1, "iscrowd": 0, "area": 100}
     outline |= {"bbox": [4, 4, 10, 10], "segmentation": [[4, 4, 14, 4, 14, 14]]}
     listed = {"images": [image], "annotations": [outline]}

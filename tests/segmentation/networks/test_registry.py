@@ -147,9 +147,9 @@ def test_files_that_do_not_fit_are_refused(spec: SegmenterSpec, tmp_path: Path) 
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in state.items())
     key = [name for name, tensor in state.items() if tensor.ndim > 1][-1]
     for change, message in (
-        ({key: None}, f"1 missing .*{key}"),
-        ({key: torch.zeros(3)}, f"1 of another shape .*{key}"),
-        ({"gate": torch.zeros(3)}, "1 unexpected .*gate"),
+        ({key: None}, key),
+        ({key: torch.zeros(3)}, key),
+        ({"gate": torch.zeros(3)}, "gate"),
         ({key: torch.full_like(state[key], torch.nan)}, f"NaN or Inf in '{key}'"),
     ):
         changed: dict[str, Any] = {**state, **change}
