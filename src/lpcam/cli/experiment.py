@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 from lpcam.cli.command import Argument, Invocation, Lazy, command, positive
-from lpcam.runtime.errors import RecipeError
 
 definition = Lazy("lpcam.pipeline.experiments.definition")
 dry_runs = Lazy("lpcam.pipeline.experiments.dry_run")
@@ -62,22 +61,15 @@ def experiment(
             made = definition.load_experiment(one)
             print(f"{one:<16}{made.source or '–':<10}{', '.join(made.sizes):<24}{made.title}")
         return 0
-    loaded = definition.load_experiment(name)
     place = folder or Path("runs/experiments") / f"{Path(name).stem}-{size}"
     how = {"recipe": recipe, "changes": dict(call.changes), "seeds": seeds}
-    planned = definition.plan(loaded, size, place, **how)
-    count = len({one.folder for one in planned})
     if dry_run:
-        print(dry_runs.describe(planned))
+        loaded = definition.load_experiment(name)
+        print(dry_runs.describe(definition.plan(loaded, size, place, **how)))
         return 0
-    if count > definition.MOST_ARMS and not yes:
-        raise RecipeError(
-            f"the experiment {name} has {count} runs, more than {definition.MOST_ARMS}; look at "
-            "--dry-run, then repeat the command with --yes"
-        )
-    results = writing.run_experiment(
-        name, size, place, **how, processes=processes, command=call.line
-    )
+    most = None if yes else definition.MOST_ARMS
+    run = writing.run_experiment
+    results = run(name, size, place, **how, processes=processes, command=call.line, most=most)
     head, lines = report.table(results)
     table = tables.Table(*head, title=results["title"])
     for line in lines:

@@ -14,7 +14,7 @@ from lpcam.pipeline.experiments.results import Record, gather
 from lpcam.pipeline.experiments.running import ExperimentFolder, run_all
 from lpcam.pipeline.run_folder import RunFolder
 from lpcam.report import experiment as report
-from lpcam.runtime.errors import LpcamError
+from lpcam.runtime.errors import LpcamError, RecipeError
 from lpcam.runtime.files import write_bytes, write_json
 
 
@@ -28,6 +28,7 @@ def run_experiment(
     seeds: Sequence[int] | None = None,
     processes: int = 1,
     command: str = "",
+    most: int | None = None,
 ) -> Record:
     """Run an experiment, write its results and its report, and return the results.
 
@@ -40,14 +41,21 @@ def run_experiment(
         seeds: random seeds; None: those of the size.
         processes: number of runs beside each other.
         command: the command line, recorded with the results.
+        most: number of runs above which none is started; None: any number.
 
     Raises:
-        RecipeError: if an arm cannot be built; none was started.
+        RecipeError: if an arm cannot be built, or there are too many; none was started.
         ArtefactError: if the folder belongs to another experiment.
         LpcamError: if a data set cannot be read; no arm was started.
     """
     experiment, place = load_experiment(source), ExperimentFolder(folder)
     planned = plan(experiment, size, folder, recipe=recipe, changes=changes, seeds=seeds)
+    count = len({one.folder for one in planned})
+    if most is not None and count > most:
+        raise RecipeError(
+            f"the experiment {source} has {count} runs, more than {most}; look at --dry-run, then "
+            "repeat the command with --yes"
+        )
     name = Path(source).stem
     how: dict[str, Any] = {
         "name": name,
